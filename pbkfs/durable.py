@@ -1,0 +1,65 @@
+"""Durable changes to the file system: atomic replace, fsync of files and directories.
+
+Owns every fsync and rename that Python does on a diff. Each call carries a label such as
+``"superblock:replace"``; ``on_step`` is called with the label before each half-step, so that a test
+can list the labels and kill the process at any of them. May be called from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+
+def _no_step(label: str) -> None:
+    """Do nothing; tests put their own function into ``on_step``."""
+
+
+on_step: Callable[[str], None] = _no_step
+
+
+def fsync_fd(fd: int, *, label: str) -> None:
+    """Flush data and metadata of an open file to stable storage. Raises OSError."""
+    on_step(f"{label}:fsync")
+    os.fsync(fd)
+
+
+def fsync_dir(path: str | os.PathLike[str], *, label: str) -> None:
+    """Make the entries of directory ``path`` durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        on_step(f"{label}:fsync_dir")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes, *, label: str, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data`` so that after a crash it is wholly the old or wholly the new file.
+
+    Durable when it returns: write to a temporary name, fsync, rename, fsync of the directory.
+    The temporary file is removed when a step fails. Raises OSError.
+    """
+    path = os.fspath(path)
+    directory, name = os.path.split(path)
+    directory = directory or "."
+    tmp = os.path.join(directory, f".{name}.{os.getpid()}.tmp")
+    on_step(f"{label}:create")
+    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            fsync_fd(fd, label=label)
+        finally:
+            os.close(fd)
+        on_step(f"{label}:rename")
+        os.rename(tmp, path)
+    except BaseException:
+        try:
+            os.unlink(tmp)
+        except FileNotFoundError:
+            pass
+        raise
+    fsync_dir(directory, label=label)
