@@ -1,0 +1,56 @@
+"""What this machine offers to the tests: servers, catalogs, FUSE, and where to put things.
+
+Imported by conftest.py and by the fixtures (``fix_*.py``); holds no fixture itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+MAJORS = (14, 15, 16, 17, 18)
+IS_CI = os.environ.get("CI") == "true"
+SESSION = "PBKFS_TEST_SESSION"  # every process that a test starts inherits it
+
+
+def session_directory() -> Path:
+    """Everything of this session lies below it; 0755, for servers of another user."""
+    return Path(tempfile.gettempdir()) / f"pbkfs-test-{os.environ[SESSION]}"
+
+
+def postgres_root() -> Path:
+    """Where ``./run test`` puts PostgreSQL: one directory a major, readable by everybody."""
+    return Path(os.environ.get("PBKFS_TEST_POSTGRES", "/var/tmp/pbkfs-tests/pg"))
+
+
+def postgres_bindir(major: int) -> Path:
+    return postgres_root() / str(major) / "bin"
+
+
+def postgres_majors() -> list[int]:
+    """The majors that are there, oldest first."""
+    return [major for major in MAJORS if (postgres_bindir(major) / "postgres").exists()]
+
+
+def catalogs_directory() -> Path:
+    """The catalogs: a checkout's neighbour, or else the small one that is kept in tests/data."""
+    named = os.environ.get("PBKFS_TEST_CATALOGS")
+    if named:
+        return Path(named)
+    shared = ROOT.parent / "shared" / "catalogs"
+    return shared if shared.is_dir() else TESTS / "data" / "catalogs"
+
+
+def fuse_obstacle() -> str | None:
+    """Why nothing can be mounted here, or None."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/fuse: {error.strerror}"
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        return "fusermount3 is missing (package fuse3)"
+    return None
