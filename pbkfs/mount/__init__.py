@@ -1,0 +1,1 @@
+"""A mount's life: request, binding, lock, worker process, control socket, statistics."""
