@@ -40,8 +40,10 @@ class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
 
-    def get_command(  # noqa: ARG002
-        self, ctx: click.Context, cmd_name: str
+    def get_command(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        cmd_name: str,
     ) -> click.Command | None:
         entry = COMMANDS.get(ALIASES.get(cmd_name, cmd_name))
         if entry is None:
@@ -62,8 +64,10 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"no such command {name!r}.{advice}", ctx)
         return super().resolve_command(ctx, args)
 
-    def format_commands(  # noqa: ARG002
-        self, ctx: click.Context, formatter: click.HelpFormatter
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        formatter: click.HelpFormatter,
     ) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry[1]) for name, entry in COMMANDS.items()])

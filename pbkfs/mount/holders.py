@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pbkfs.errors import BusyError
 from pbkfs.mount.owner import command_name
 
 
@@ -81,3 +82,15 @@ def _is_postmaster(pid: int, command: str, prefix: str) -> bool:
     except (OSError, IndexError, ValueError):
         return False
     return in_data_directory and command_name(parent) not in ("postgres", "postmaster")
+
+
+def busy_error(mountpoint: Path, users: list[Holder]) -> BusyError:
+    """Return the error that explains why ``mountpoint`` can't be unmounted."""
+    who = f": in use by {describe(users)}" if users else ""
+    if any(user.is_postmaster for user in users):
+        hint = f"Stop its PostgreSQL first: pbkfs stop -D {mountpoint}"
+    elif users:
+        hint = "End these processes, or let them leave the directory; --force takes it from them."
+    else:
+        hint = "Another user's process or another mount below it uses it; root can see which."
+    return BusyError(f"mount point {mountpoint} is busy{who}", hint=hint)

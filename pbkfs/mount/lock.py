@@ -39,6 +39,13 @@ class DiffLock:
         os.pwrite(self._fd, data, 0)
         os.fsync(self._fd)
 
+    def restore(self) -> None:
+        """Put back what was recorded before, after a mount that failed."""
+        if self.previous is not None:
+            self.write(self.previous)
+        else:
+            self.clear()
+
     def clear(self) -> None:
         """Say that the owner ended well."""
         os.ftruncate(self._fd, 0)

@@ -1,0 +1,51 @@
+"""``pbkfs list``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from pbkfs.cli.output import echo_json, format_option, format_table
+
+
+@click.command()
+@format_option
+def command(*, output: str) -> None:
+    """List the mounts of this host: where, of what, and whether their worker lives."""
+    from pbkfs.errors import DiffError
+    from pbkfs.mount import mounts, target
+    from pbkfs.mount.binding import Binding, read_binding
+
+    rows: list[dict[str, object]] = []
+    for entry in mounts.our_mounts():
+        found = target.find_target(entry.mountpoint, None)
+        binding: Binding | None = None
+        try:
+            binding = read_binding(Path(entry.source))
+        except (OSError, DiffError):
+            binding = None
+        rows.append(
+            {
+                "mountpoint": str(entry.mountpoint),
+                "diff": entry.source,
+                "state": target.state_of(found),
+                "pid": found.owner.pid if found.owner is not None else None,
+                "base": dataclasses.asdict(binding.base) if binding is not None else None,
+                "description": str(binding.base) if binding is not None else None,
+            }
+        )
+    if output == "json":
+        echo_json(rows)
+        return
+    if not rows:
+        click.echo("nothing is mounted")
+        return
+    header = ("mount point", "state", "pid", "diff", "base")
+    keys = ("mountpoint", "state", "pid", "diff", "description")
+    click.echo(
+        format_table(
+            header, [[str("-" if row[k] is None else row[k]) for k in keys] for row in rows]
+        )
+    )

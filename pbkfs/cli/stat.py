@@ -1,0 +1,81 @@
+"""``pbkfs stat``: one answer of the worker, or one every few seconds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pbkfs.cli.options import debug_option, diff_option, mountpoint_option
+from pbkfs.cli.output import echo_json, format_fields, format_option, is_terminal
+from pbkfs.units import format_bytes, format_duration, parse_duration
+
+
+@click.command()
+@mountpoint_option
+@diff_option
+@format_option
+@click.option("--counters-reset", is_flag=True, help="Set the counters to zero after showing them.")
+@click.option(
+    "--watch",
+    "watch_s",
+    type=parse_duration,
+    is_flag=False,
+    flag_value="2",
+    metavar="[SEC]",
+    help="Show again every SEC seconds (default 2) until interrupted.",
+)
+@debug_option
+def command(
+    *,
+    mountpoint: Path | None,
+    diff: Path | None,
+    output: str,
+    counters_reset: bool,
+    watch_s: float | None,
+    debug: bool,  # noqa: ARG001 - read by main
+) -> None:
+    """Show what a mount holds, costs and does. The numbers come from its worker, now."""
+    from pbkfs.mount import control
+    from pbkfs.mount.target import find_target
+
+    path = find_target(mountpoint, diff).diff
+    while True:
+        found = control.call(path, "stat", reset=counters_reset)["stat"]
+        if output == "json":
+            echo_json(found)
+        else:
+            if watch_s is not None and is_terminal():
+                click.clear()
+            click.echo(format_statistics(found))
+        if watch_s is None:
+            return
+        try:
+            time.sleep(watch_s)
+        except KeyboardInterrupt:
+            return
+
+
+def format_statistics(found: dict[str, Any]) -> str:
+    """Return the answer as text for people."""
+    changed, disk = found["changed"], found["disk"]
+    fields = {
+        "mount point": found["mountpoint"],
+        "base": found["base"],
+        "diff": found["diff"],
+        "worker": f"pid {found['pid']}, {found['state']}, up {format_duration(found['uptime_s'])}, "
+        f"pbkfs {found['version']}",
+        "changed": f"{changed['files']} files, {format_bytes(changed['bytes'])}",
+        "disk": f"{format_bytes(disk['total_bytes'])}: "
+        f"objects {format_bytes(disk['objects_bytes'])}, "
+        f"journal {format_bytes(disk['journal_bytes'])}, WAL {format_bytes(disk['wal_bytes'])}",
+    }
+    text = format_fields(fields)
+    for part in ("overlay", "fuse"):
+        if found[part]:
+            width = max(len(name) for name in found[part])
+            lines = "\n".join(f"  {name:<{width}}  {n}" for name, n in found[part].items())
+            text += f"\n{part}:\n{lines}"
+    return text

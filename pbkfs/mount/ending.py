@@ -1,0 +1,176 @@
+"""Ending mounts and deleting diffs, from the outside: ``unmount`` and ``cleanup``.
+
+Synchronous, for the command line. A worker is asked over its socket; only ``force`` goes further,
+and only against the very process that the diff's lock names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+from pbkfs.errors import (
+    BusyError,
+    DiffError,
+    HostError,
+    NotFoundError,
+    NotRunningError,
+    TimedOutError,
+    UsageError,
+)
+from pbkfs.mount import control, lock, mounts, wipe
+from pbkfs.mount.binding import read_binding
+from pbkfs.mount.owner import Owner, send_signal, wait_gone
+from pbkfs.mount.request import SUPERBLOCK, reason
+from pbkfs.mount.target import Target, find_target, state_of
+
+
+def unmount(
+    mountpoint: Path | None,
+    diff: Path | None,
+    *,
+    force: bool = False,
+    timeout_s: float | None = None,
+    kill_after_s: float = 30.0,
+) -> Target:
+    """End a mount and wait until its diff is free again; returns what was ended.
+
+    Without ``force`` a mount in use is left as it is (BusyError). With it, a worker that does not
+    end in ``kill_after_s`` is killed, and the mount detached. Raises NotRunningError,
+    TimedOutError (the unmount goes on), HostError.
+    """
+    target = find_target(mountpoint, diff)
+    if target.entry is None and not target.has_worker():
+        raise NotRunningError(
+            f"diff {target.diff} is not mounted", hint="pbkfs list shows the mounts of this host."
+        )
+    state = state_of(target)
+    if state == "alive":
+        assert target.owner is not None
+        if force:
+            _force_worker(target, target.owner, kill_after_s)
+        else:
+            _ask_worker(target, target.owner, timeout_s)
+    elif state == "unknown" and not force:
+        _ask_unknown(target)
+    _detach(target)
+    return target
+
+
+def _ask_worker(target: Target, owner: Owner, timeout_s: float | None) -> None:
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    # A worker that has unmounted and is still syncing listens no more: wait for its end.
+    with contextlib.suppress(NotRunningError):
+        control.call(target.diff, "unmount", timeout_s=timeout_s)
+    left = None if deadline is None else deadline - time.monotonic()
+    if not wait_gone(owner, left):
+        raise TimedOutError(
+            f"unmounting {owner.mountpoint} is still in progress (pid {owner.pid})",
+            hint="It writes back what is not on disk yet; wait, or look into its log.",
+        )
+
+
+def _ask_unknown(target: Target) -> None:
+    """Unmount where the lock's record can't be read or names another machine."""
+    try:
+        control.call(target.diff, "unmount", timeout_s=None)
+    except NotRunningError:
+        raise BusyError(
+            f"the owner of the mount on {target.mountpoint} is not known",
+            hint="If no worker serves it any more: pbkfs unmount --force.",
+        ) from None
+
+
+def _force_worker(target: Target, owner: Owner, kill_after_s: float) -> None:
+    try:
+        control.call(target.diff, "unmount", timeout_s=kill_after_s, force=True)
+    except (NotRunningError, TimedOutError):
+        _signal(owner, signal.SIGTERM)
+    if wait_gone(owner, kill_after_s):
+        return
+    _signal(owner, signal.SIGKILL)
+    if not wait_gone(owner, kill_after_s):
+        raise TimedOutError(
+            f"worker {owner.pid} does not die, not even of SIGKILL",
+            hint="It hangs in the kernel, perhaps on a disk; see its state in ps.",
+        )
+
+
+def _signal(owner: Owner, signum: int) -> None:
+    try:
+        send_signal(owner, signum)
+    except PermissionError:
+        raise HostError(
+            f"worker {owner.pid} belongs to another user",
+            hint="Run pbkfs as the user who mounted it, or as root.",
+        ) from None
+
+
+def _detach(target: Target) -> None:
+    """Take away a mount that nobody serves."""
+    entry = target.entry
+    if entry is None:
+        return
+    there = mounts.find_mountpoint(entry.mountpoint)
+    if there is None or there.device != entry.device:
+        return
+    from pbkfs.fuse.mounting import detach
+
+    detach(entry.mountpoint)
+
+
+def cleanup(diff: Path, *, force: bool = False) -> list[str]:
+    """Delete a diff; returns the names in its directory that are not pbkfs's and were left.
+
+    ``force`` takes a diff that another host did not give back, one without a superblock but with
+    nothing foreign in it, and detaches a dead mount; a live owner on this host it does not
+    override. Raises UsageError, NotFoundError, DiffError, BusyError, HostError.
+    """
+    path = mounts.resolve(diff)
+    if path == Path("/"):
+        raise UsageError("the root directory is no diff", hint="Name the diff's own directory.")
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"diff {path} does not exist", hint="There is nothing to clean up."
+        ) from None
+    except NotADirectoryError:
+        raise DiffError(f"diff {path} is not a directory", hint="Name a diff.") from None
+    except OSError as error:
+        raise HostError(
+            f"cannot read diff {path}: {reason(error)}",
+            hint="Run pbkfs as the user who made the diff.",
+        ) from error
+    if SUPERBLOCK not in names and not (force and names and wipe.is_ours(names)):
+        raise DiffError(
+            f"directory {path} is no diff (no {SUPERBLOCK})",
+            hint="Nothing was deleted; name the diff's own directory.",
+        )
+    target = find_target(None, path)
+    if target.entry is not None:
+        if target.has_worker() or not force:
+            raise BusyError(
+                f"diff {path} is mounted on {target.entry.mountpoint}",
+                hint=f"Unmount it first: pbkfs unmount -D {target.entry.mountpoint}",
+            )
+        _detach(target)
+    diff_lock = lock.acquire(path, force=force)
+    try:
+        with contextlib.suppress(DiffError):
+            bound = read_binding(path)
+            if bound is not None and bound.made_directory:
+                left = wipe.wipe(path)
+                wipe.remove_made([path])
+                return left
+        return wipe.wipe(path)
+    except OSError as error:
+        raise HostError(
+            f"cannot delete diff {path}: {reason(error)}",
+            hint="Some of it may be deleted; run the command again as its owner.",
+        ) from error
+    finally:
+        diff_lock.close()

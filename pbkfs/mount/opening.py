@@ -1,0 +1,270 @@
+"""From a request to everything a worker needs, open and checked, before the fork.
+
+``open_mount`` checks first and changes later: a refusal leaves the disk as it was, and a failure
+after a new diff was made takes it away again (``OpenMount.abandon``). No thread is started here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pbkfs.backup.base import Base
+from pbkfs.errors import DiffError, HostError, PbkfsError, UsageError
+from pbkfs.mount import lock, wipe
+from pbkfs.mount.base import open_base, resolve_address
+from pbkfs.mount.binding import BaseAddress, Binding, read_binding
+from pbkfs.mount.lock import DiffLock
+from pbkfs.mount.request import (
+    MountPlace,
+    MountRequest,
+    check_base_options,
+    check_diff,
+    check_mountpoint,
+    check_places,
+    choose_allow_other,
+    choose_owner,
+    reason,
+)
+from pbkfs.overlay.diff import Diff
+from pbkfs.overlay.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+_HOST_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
+
+
+@dataclass(slots=True)
+class OpenMount:
+    """A mount that is ready to be served. Belongs to one process at a time."""
+
+    request: MountRequest
+    place: MountPlace
+    diff_path: Path
+    address: BaseAddress
+    owner: tuple[int, int]
+    allow_other: bool
+    is_new: bool
+    bound: Binding | None
+    lock: DiffLock
+    base: Base
+    diff: Diff
+    sealed: list[Diff]
+    tree: Tree
+    log_pipe: int
+    warnings: list[tuple[str, str | None]]
+    made: list[Path]
+    _is_closed: bool = field(default=False, init=False)
+
+    def close(self) -> None:
+        """Close tree, diff and base; the lock stays. Raises OSError if the last sync fails."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.base.close)
+            for layer in self.sealed:
+                stack.callback(layer.close)
+            stack.callback(self.diff.close)
+            stack.callback(self.tree.close)
+
+    def abandon(self) -> None:
+        """Close everything after a failure, and take a diff away that was made for this mount."""
+        try:
+            self.close()
+        except OSError as error:
+            logger.warning("closing diff %s failed: %s", self.diff_path, error)
+        if self.is_new:
+            wipe.wipe(self.diff_path)
+            wipe.remove_made(self.made)
+        else:
+            self.lock.restore()
+        self.lock.close()
+
+    @property
+    def name(self) -> str:
+        """What is mounted, for messages."""
+        return str(self.address)
+
+
+def open_mount(request: MountRequest) -> OpenMount:
+    """Check ``request`` and open all it names. Raises PbkfsError; then nothing has changed."""
+    check_base_options(request)
+    diff_path, is_reused = check_diff(request.diff)
+    place = check_mountpoint(request.mountpoint, diff_path)
+    bound = read_binding(diff_path) if is_reused else None
+    address = choose_address(request, diff_path, bound, is_reused=is_reused)
+    check_places(place.path, diff_path, address)
+    warnings: list[tuple[str, str | None]] = []
+    if bound is not None and bound.mountpoint != str(place.path):
+        warnings.append((f"diff {diff_path} was mounted on {bound.mountpoint} before", None))
+    with contextlib.ExitStack() as undo:
+        base = open_base(address, force=request.force, owner=request.owner)
+        undo.callback(base.close)
+        owner = choose_owner(request.owner, bound.owner if bound else None, base.owner)
+        allow_other = choose_allow_other(request.allow_other, owner)
+        if os.geteuid() == 0:
+            warnings += _check_reach(owner, place.path, diff_path)
+        with host_errors(diff_path):
+            made = _make_directories(diff_path)
+        undo.callback(wipe.remove_made, made)
+        diff_lock = lock.acquire(diff_path, force=request.force)
+        undo.callback(diff_lock.close)
+        is_new = not is_reused
+        if is_new:
+            undo.callback(wipe.wipe, diff_path)
+        elif diff_lock.is_new:
+            undo.callback((diff_path / lock.NAME).unlink)
+        with host_errors(diff_path):
+            diff = Diff.create(diff_path, base) if is_new else Diff.open(diff_path, base)
+            undo.callback(diff.close)
+            sealed = []
+            for layer in diff.superblock.layers:
+                sealed.append(Diff.sealed(Path(layer.path)))
+                undo.callback(sealed[-1].close)
+            log_pipe, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            undo.callback(os.close, log_pipe)
+            tree = Tree(
+                base,
+                diff,
+                sealed,
+                owner=owner,
+                log_fd=log_fd,
+                index_bytes=request.index_bytes,
+            )
+        undo.pop_all()
+    return OpenMount(
+        request=request,
+        place=place,
+        diff_path=diff_path,
+        address=address,
+        owner=owner,
+        allow_other=allow_other,
+        is_new=is_new,
+        bound=bound,
+        lock=diff_lock,
+        base=base,
+        diff=diff,
+        sealed=sealed,
+        tree=tree,
+        log_pipe=log_pipe,
+        warnings=warnings,
+        made=made,
+    )
+
+
+def choose_address(
+    request: MountRequest, diff: Path, bound: Binding | None, *, is_reused: bool
+) -> BaseAddress:
+    """Return the base to mount: from the options, or from the binding, with which they must agree.
+
+    Raises UsageError where neither says enough, DiffError where they differ (``--force`` accepts
+    another path of a store or directory; the superblock's identity still has to match).
+    """
+    if bound is None:
+        if not request.names_base():
+            raise UsageError(
+                f"no base is given for {'diff' if is_reused else 'the new diff'} {diff}",
+                hint="Name one: -B STORE -I INSTANCE -i BACKUP, --base DIRECTORY, or --empty.",
+            )
+        return resolve_address(request)
+    was = bound.base
+    if not request.names_base():
+        return was
+    asked = resolve_address(request, was)
+    same = asked.kind == was.kind and asked.instance == was.instance
+    same = same and (asked.backup_id or "").upper() == (was.backup_id or "").upper()
+    if not same or ((asked.store, asked.path) != (was.store, was.path) and not request.force):
+        raise DiffError(
+            f"diff {diff} belongs to {was}, not to {asked}",
+            hint="Use another diff for another base; leave the base's options out to use this one.",
+        )
+    return asked
+
+
+def now() -> str:
+    """Return the time as a binding holds it."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@contextlib.contextmanager
+def host_errors(diff: Path) -> Iterator[None]:
+    """Turn what the file system of the diff refuses into one clear error."""
+    try:
+        yield
+    except PbkfsError:
+        raise
+    except OSError as error:
+        if error.errno not in _HOST_ERRNOS:
+            raise
+        raise HostError(
+            f"cannot write to diff {diff}: {reason(error)}",
+            hint="A diff needs a directory that this user can write to, with space left.",
+        ) from error
+
+
+def _make_directories(diff: Path) -> list[Path]:
+    """Make the diff's directory, 0711, and its parents; returns what was made, innermost first."""
+    made: list[Path] = []
+    missing = []
+    path = diff
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    try:
+        for path in reversed(missing):
+            path.mkdir(mode=0o711 if path == diff else 0o755)
+            made.insert(0, path)
+    except OSError:
+        wipe.remove_made(made)
+        raise
+    return made
+
+
+def _check_reach(
+    owner: tuple[int, int], mountpoint: Path, diff: Path
+) -> list[tuple[str, str | None]]:
+    """Return a warning for each place that the owner, who will run the server, can't get to."""
+    warnings: list[tuple[str, str | None]] = []
+    if owner[0] == 0:
+        warnings.append(
+            (
+                "the files will belong to root, who can't run a server",
+                "Give the server's user: --owner USER.",
+            )
+        )
+        return warnings
+    for name, path in (("mount point", mountpoint), ("diff", diff)):
+        blocked = _first_closed(path, owner)
+        if blocked is not None:
+            warnings.append(
+                (
+                    f"user {owner[0]} can't reach {name} {path}: {blocked} is closed to it",
+                    f"PostgreSQL needs it: chmod o+x {blocked}, or use another place.",
+                )
+            )
+    return warnings
+
+
+def _first_closed(path: Path, owner: tuple[int, int]) -> Path | None:
+    """Return the first parent of ``path`` whose mode bits (no ACLs) stop ``owner``."""
+    for parent in reversed(path.parents):
+        try:
+            found = os.stat(parent)
+        except OSError:
+            return None
+        if found.st_uid == owner[0]:
+            bit = 0o100
+        elif found.st_gid == owner[1]:
+            bit = 0o010
+        else:
+            bit = 0o001
+        if not found.st_mode & bit:
+            return parent
+    return None

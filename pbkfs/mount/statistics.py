@@ -1,0 +1,106 @@
+"""What a worker knows about its mount: what changed, what that costs, what was asked of it.
+
+Collected by the worker for the control socket's ``stat``; the counters are the native half's and
+the tree's own. Frozen, so that it can be compared and sent.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pbkfs
+
+if TYPE_CHECKING:
+    from pbkfs.mount.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUse:
+    """Allocated bytes of a diff's parts, as ``du`` counts them."""
+
+    objects_bytes: int
+    journal_bytes: int
+    wal_bytes: int
+    other_bytes: int
+    n_objects: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of the diff."""
+        return self.objects_bytes + self.journal_bytes + self.wal_bytes + self.other_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """One answer to ``stat``."""
+
+    pid: int
+    version: str
+    state: str
+    mountpoint: str
+    diff: str
+    base: str
+    owner: tuple[int, int]
+    started_at: float
+    uptime_s: float
+    changed: dict[str, int]
+    disk: dict[str, int]
+    overlay: dict[str, int]
+    fuse: dict[str, int]
+
+
+async def collect(worker: Worker) -> Statistics:
+    """Return the worker's statistics; the disk is walked in a thread."""
+    import trio
+
+    opened = worker.opened
+    disk = await trio.to_thread.run_sync(measure_disk, opened.diff_path)
+    nodes = opened.tree.nodes.counters()
+    overlay = {**opened.tree.counters(), **nodes}
+    return Statistics(
+        pid=os.getpid(),
+        version=pbkfs.__version__,
+        state=worker.state,
+        mountpoint=str(opened.place.path),
+        diff=str(opened.diff_path),
+        base=opened.base.describe(),
+        owner=opened.owner,
+        started_at=worker.started_at,
+        uptime_s=round(time.time() - worker.started_at, 3),
+        changed={
+            "files": disk.n_objects,
+            "bytes": disk.objects_bytes,
+        },
+        disk={
+            "objects_bytes": disk.objects_bytes,
+            "journal_bytes": disk.journal_bytes,
+            "wal_bytes": disk.wal_bytes,
+            "other_bytes": disk.other_bytes,
+            "total_bytes": disk.total_bytes,
+        },
+        overlay=overlay,
+        fuse=worker.session_counters(),
+    )
+
+
+def measure_disk(diff: Path) -> DiskUse:
+    """Return what the diff occupies. Files that vanish meanwhile are not counted."""
+    sizes = {"objects": 0, "journal": 0, "pg_wal": 0, "": 0}
+    n_objects = 0
+    for directory, names, files in os.walk(diff):
+        parts = Path(directory).relative_to(diff).parts
+        part = parts[0] if parts and parts[0] in sizes else ""
+        for name in (*names, *files):
+            try:
+                found = os.lstat(os.path.join(directory, name))
+            except FileNotFoundError:
+                continue
+            is_journal = not parts and name == "journal"
+            sizes["journal" if is_journal else part] += found.st_blocks * 512
+        if part == "objects":
+            n_objects += len(files)
+    return DiskUse(sizes["objects"], sizes["journal"], sizes["pg_wal"], sizes[""], n_objects)

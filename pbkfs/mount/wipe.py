@@ -1,0 +1,62 @@
+"""Delete a diff: all that pbkfs put into its directory, and nothing that it did not.
+
+Called by ``cleanup``, and by a ``mount`` that failed after it had made a new diff. The caller has
+the diff's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from pbkfs.mount import binding, control, lock
+from pbkfs.mount.request import SUPERBLOCK
+
+# The journal goes first: without it the rest can't be mounted by mistake when the deletion is
+# interrupted. The superblock goes last but for the lock: with it, cleanup still knows a diff.
+_ORDER = ("journal", "objects", "pg_wal.new", "pg_wal", "log", control.NAME, binding.NAME)
+
+
+def wipe(diff: Path) -> list[str]:
+    """Delete the diff's content; returns the names in its directory that are not ours, untouched.
+
+    Follows no symbolic link. Raises OSError.
+    """
+    for name in _ORDER:
+        _remove(diff / name)
+    for name in os.listdir(diff):
+        if _is_temporary(name):
+            _remove(diff / name)
+    _remove(diff / SUPERBLOCK)
+    _remove(diff / lock.NAME)
+    return sorted(os.listdir(diff))
+
+
+def remove_made(directories: list[Path]) -> None:
+    """Remove directories, innermost first, as far as they are empty."""
+    for directory in directories:
+        try:
+            os.rmdir(directory)
+        except OSError:
+            return
+
+
+def _is_temporary(name: str) -> bool:
+    # durable.replace_file's names, and a journal that was being compacted.
+    return (name.startswith(".") and name.endswith(".tmp")) or name.startswith("journal.")
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def is_ours(names: list[str]) -> bool:
+    """Return whether a directory with these names holds nothing but parts of a diff."""
+    return all(name in (*_ORDER, SUPERBLOCK, lock.NAME) or _is_temporary(name) for name in names)

@@ -1,0 +1,432 @@
+"""The worker: the process that serves one mount, from its fork to its last fsync.
+
+``run`` belongs to the main thread of the forked process (or of ``mount --console``). Order: log,
+owner's record, store guard, ``pg_wal``, then trio, the kernel's mount, and only then threads.
+While it serves, a failed request is an errno; nothing but an unmount ends the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pbkfs
+from pbkfs import log
+from pbkfs.config import START_LIMIT_S
+from pbkfs.errors import BusyError, HostError, PbkfsError
+from pbkfs.mount import binding, control, holders, mounts, statistics, wal
+from pbkfs.mount.binding import Binding
+from pbkfs.mount.opening import OpenMount, host_errors, now
+from pbkfs.mount.owner import host_name, this_process
+from pbkfs.mount.report import ReportWriter, error_to_fields
+from pbkfs.mount.request import reason
+
+if TYPE_CHECKING:
+    import trio
+
+    from pbkfs.fuse.session import Session
+
+logger = logging.getLogger(__name__)
+native_logger = logging.getLogger("pbkfs.native")
+
+# What was not fsynced may be lost in a power cut; names and attributes are not lost for longer.
+_SYNC_EVERY_S = 5.0
+# How long the answer to "unmount" may take to get out after the mount is gone.
+_LAST_REPLIES_S = 2.0
+
+
+class StartAbortedError(PbkfsError):
+    """The worker was told to end before it had mounted."""
+
+    slug, exit_code = "aborted", 8
+
+
+def configure_log(opened: OpenMount, *, is_console: bool) -> int | None:
+    """Set the worker's log up as asked; returns the log file's descriptor or None."""
+    options = opened.request.log
+    if options.sink == "journald":
+        try:
+            return log.configure("journald", style=options.style, debug=options.debug)
+        except OSError as error:
+            raise HostError(
+                f"cannot reach journald: {reason(error)}",
+                hint="Use --log-sink file where no systemd-journald runs.",
+            ) from error
+    if is_console and options.path is None:
+        return log.configure("stderr", style=options.style, debug=options.debug)
+    path = options.path
+    if path is None:
+        path = opened.diff_path / "log" / "worker.log"
+        # 0711: the server's own log lies beside it, and its user has to get to that.
+        path.parent.mkdir(mode=0o711, exist_ok=True)
+    try:
+        return log.configure("file", path=path, style=options.style, debug=options.debug)
+    except OSError as error:
+        raise HostError(
+            f"cannot write log file {path}: {reason(error)}",
+            hint="Name a place that this user can write to: --log-file FILE.",
+        ) from error
+
+
+def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
+    """Serve the mount until it is unmounted; returns the exit code.
+
+    A failure before the mount point answers is reported, and a new diff taken away again.
+    """
+    worker = Worker(opened, report)
+    try:
+        log_fd = configure_log(opened, is_console=is_console)
+        if not is_console:
+            _redirect(log_fd)
+        faulthandler.enable(log_fd if log_fd is not None else 2)
+        return worker.run()
+    except BaseException as caught:
+        error = _unwrap(caught)
+        # A new diff goes away with its log, so the reader of the report gets the traceback.
+        if isinstance(error, PbkfsError):
+            logger.error("worker failed: %s", error.message)
+        else:
+            logger.critical("worker failed", exc_info=error)
+        faulthandler.disable()
+        if not worker.was_ready:
+            with contextlib.suppress(OSError):
+                opened.abandon()
+        report.send("error", **error_to_fields(error))
+        return error.exit_code if isinstance(error, PbkfsError) else 1
+    finally:
+        logging.shutdown()
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """Return the one exception inside of a nursery's group, or the group if there are several."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _redirect(log_fd: int | None) -> None:
+    """Give stdin, stdout and stderr back: what a library prints goes to the log file."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null if log_fd is None else log_fd, 1)
+    os.dup2(null if log_fd is None else log_fd, 2)
+    os.close(null)
+
+
+class Worker:
+    """One mount being served. All methods run on the main thread."""
+
+    def __init__(self, opened: OpenMount, report: ReportWriter) -> None:
+        self.opened = opened
+        self.report = report
+        self.was_ready = False
+        self.started_at = time.time()
+        self.state = "starting"
+        self._session: Session | None = None
+        self._n_requests = 0
+        self._log_rest = b""
+        self._unmounting: trio.Lock | None = None
+
+    # --- start and end, synchronous -------------------------------------------------------------
+
+    def run(self) -> int:
+        """Start, serve and end. Raises what keeps it from serving."""
+        import trio
+
+        opened = self.opened
+        self.report.send("started", pid=os.getpid())
+        with host_errors(opened.diff_path):
+            opened.lock.write(this_process(str(opened.place.path)))
+        logger.info(
+            "pbkfs %s serves %s on %s, diff %s",
+            pbkfs.__version__,
+            opened.name,
+            opened.place.path,
+            opened.diff_path,
+        )
+        for message, _ in opened.warnings:
+            logger.warning("%s", message)
+        _raise_descriptor_limit()
+        opened.base.acquire(os.getpid())
+        try:
+            with _abort_on_signals(), host_errors(opened.diff_path):
+                if opened.place.dead is not None:
+                    self._clear_dead_mount()
+                n_files = wal.move_out(opened.tree, opened.base, opened.diff_path, opened.owner)
+                if n_files is not None:
+                    logger.info("pg_wal is %s, %d files", opened.diff_path / "pg_wal", n_files)
+                server = control.listen(opened.diff_path)
+            with server:
+                trio.run(self._serve, server)
+            return self._end()
+        finally:
+            opened.base.release(os.getpid())
+
+    def _clear_dead_mount(self) -> None:
+        from pbkfs.fuse.mounting import detach
+
+        logger.info("clearing the dead mount on %s", self.opened.place.path)
+        detach(self.opened.place.path)
+
+    def _end(self) -> int:
+        """Make everything durable and give the diff back."""
+        opened = self.opened
+        opened.close()
+        self._drain_log()
+        self._write_binding("released")
+        with contextlib.suppress(FileNotFoundError):
+            (opened.diff_path / control.NAME).unlink()
+        self._remove_pid_file()
+        logger.info("unmounted %s", opened.place.path)
+        opened.lock.clear()
+        opened.lock.close()
+        return 0
+
+    def _write_binding(self, state: str) -> None:
+        opened = self.opened
+        bound = opened.bound
+        moment = now()
+        opened.bound = Binding(
+            base=opened.address,
+            mountpoint=str(opened.place.path),
+            owner=opened.owner,
+            created_at=bound.created_at if bound else moment,
+            last_used_at=moment,
+            pbkfs_version=pbkfs.__version__,
+            pid=os.getpid() if state == "active" else None,
+            host=host_name(),
+            state="active" if state == "active" else "released",
+            made_directory=bound.made_directory if bound else opened.diff_path in opened.made,
+        )
+        binding.write_binding(opened.diff_path, opened.bound)
+
+    def _write_pid_file(self) -> None:
+        path = self.opened.request.pid_file
+        if path is None:
+            return
+        try:
+            path.write_text(f"{os.getpid()}\n", encoding="ascii")
+        except OSError as error:
+            raise HostError(
+                f"cannot write pid file {path}: {reason(error)}",
+                hint="Name a place that this user can write to: --pid-file FILE.",
+            ) from error
+
+    def _remove_pid_file(self) -> None:
+        path = self.opened.request.pid_file
+        if path is None:
+            return
+        with contextlib.suppress(OSError):
+            if path.read_text(encoding="ascii").strip() == str(os.getpid()):
+                path.unlink()
+
+    # --- serving, in trio -------------------------------------------------------------------------
+
+    async def _serve(self, server: socket.socket) -> None:
+        import trio
+
+        from pbkfs.fuse.session import Session
+
+        opened = self.opened
+        self._unmounting = trio.Lock()
+        self._session = session = Session(
+            opened.tree,
+            opened.place.path,
+            allow_other=opened.allow_other,
+            fsname=str(opened.diff_path),
+        )
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            try:
+                async with trio.open_nursery() as nursery:
+                    session.mount()
+                    await nursery.start(session.serve)
+                    nursery.start_soon(control.serve, server, self._handlers())
+                    nursery.start_soon(self._pump_log)
+                    nursery.start_soon(self._keep_synced)
+                    nursery.start_soon(self._obey_signals, signals)
+                    self._write_pid_file()
+                    with host_errors(opened.diff_path):
+                        self._write_binding("active")
+                    self.state = "serving"
+                    self.was_ready = True
+                    self.report.send("ok", pid=os.getpid(), mountpoint=str(opened.place.path))
+                    self.report.close()
+                    logger.info("ready")
+                    await session.wait_closed()
+                    self.state = "ending"
+                    with trio.move_on_after(_LAST_REPLIES_S):
+                        while self._n_requests:
+                            await trio.sleep(0.01)
+                    nursery.cancel_scope.cancel()
+            except BaseException:
+                if not self.was_ready:
+                    with contextlib.suppress(OSError, PbkfsError):
+                        session.unmount(lazy=True)
+                raise
+
+    def _handlers(self) -> dict[str, control.Handler]:
+        handlers: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
+            "ping": self._on_ping,
+            "stat": self._on_stat,
+            "reset": self._on_reset,
+            "sync": self._on_sync,
+            "unmount": self._on_unmount,
+        }
+        return {op: self._counted(handler) for op, handler in handlers.items()}
+
+    def _counted(
+        self, handler: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+    ) -> control.Handler:
+        async def counted(request: dict[str, Any]) -> dict[str, Any]:
+            self._n_requests += 1
+            try:
+                return await handler(request)
+            finally:
+                self._n_requests -= 1
+
+        return counted
+
+    async def _pump_log(self) -> None:
+        """Log what the native half writes into its pipe."""
+        import trio
+
+        while True:
+            await trio.lowlevel.wait_readable(self.opened.log_pipe)
+            self._drain_log()
+
+    def _drain_log(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.opened.log_pipe, 65536):
+                *lines, self._log_rest = (self._log_rest + data).split(b"\n")
+                for line in lines:
+                    native_logger.error("%s", line.decode(errors="backslashreplace"))
+
+    async def _keep_synced(self) -> None:
+        """Every few seconds make names durable and forget what nobody uses."""
+        import trio
+
+        tree = self.opened.tree
+        while True:
+            await trio.sleep(_SYNC_EVERY_S)
+            try:
+                tree.reap()
+                await trio.to_thread.run_sync(tree.sync)
+            except OSError as error:
+                logger.error("periodic sync of diff %s failed: %s", self.opened.diff_path, error)
+
+    async def _obey_signals(self, signals: Any) -> None:
+        async for signum in signals:
+            name = signal.Signals(signum).name
+            if signum == signal.SIGHUP:
+                logger.info("got %s, which does nothing", name)
+                continue
+            logger.info("got %s, unmounting", name)
+            try:
+                await self._unmount(is_forced=False)
+            except PbkfsError as error:
+                logger.error("not unmounted: %s", error.message)
+
+    async def _unmount(self, *, is_forced: bool) -> None:
+        """Unmount; the kernel's dirty pages come first. Raises BusyError if files are in use."""
+        import trio
+
+        assert self._session is not None
+        assert self._unmounting is not None
+        session, path = self._session, self.opened.place.path
+        async with self._unmounting:
+            if session.is_closed:
+                return
+            try:
+                await trio.to_thread.run_sync(session.unmount)
+                return
+            except BusyError:
+                if not is_forced:
+                    raise await trio.to_thread.run_sync(_busy_error, path) from None
+            logger.warning("forced: detaching %s while it is in use", path)
+            with trio.move_on_after(START_LIMIT_S):
+                await trio.to_thread.run_sync(_sync_mount, path, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(lambda: session.unmount(lazy=True))
+            session.close()
+
+    async def _on_ping(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"pid": os.getpid(), "state": self.state, "version": pbkfs.__version__}
+
+    async def _on_stat(self, request: dict[str, Any]) -> dict[str, Any]:
+        found = await statistics.collect(self)
+        if request.get("reset"):
+            self._reset()
+        return {"stat": dataclasses.asdict(found)}
+
+    async def _on_reset(self, _request: dict[str, Any]) -> dict[str, Any]:
+        self._reset()
+        return {}
+
+    def _reset(self) -> None:
+        assert self._session is not None
+        self.opened.tree.nodes.reset_counters()
+        self._session.reset_counters()
+
+    async def _on_sync(self, _request: dict[str, Any]) -> dict[str, Any]:
+        import trio
+
+        await trio.to_thread.run_sync(_sync_mount, self.opened.place.path)
+        await trio.to_thread.run_sync(self.opened.tree.sync)
+        return {}
+
+    async def _on_unmount(self, request: dict[str, Any]) -> dict[str, Any]:
+        await self._unmount(is_forced=bool(request.get("force")))
+        return {"pid": os.getpid()}
+
+    def session_counters(self) -> dict[str, int]:
+        """Return the counters of the kernel's side."""
+        return self._session.counters() if self._session is not None else {}
+
+
+def _busy_error(path: Path) -> BusyError:
+    entry = mounts.find_mountpoint(path)
+    users = holders.find_holders(entry.device, path) if entry is not None else []
+    return holders.busy_error(path, users)
+
+
+def _sync_mount(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # syncfs(2) is not in the os module of 3.11; sync_file_range is no substitute.
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syncfs(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(fd)
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _abort_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into an exception, so that a half-made mount is taken back."""
+
+    def abort(signum: int, _frame: object) -> None:
+        raise StartAbortedError(f"the mount was aborted by {signal.Signals(signum).name}")
+
+    before = {number: signal.signal(number, abort) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
