@@ -1,0 +1,300 @@
+/*
+ * The requests that are answered without Python: data, and the attributes of files that have an object. Called by readers
+ * and, for what had to wait, by pool threads; each with its own worker.
+ */
+#include "dispatcher_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* False if the argument is shorter than the protocol says. Copied: a message need not be aligned for its structures. */
+#define PARSE(into, body, length) ((length) >= sizeof(into) && memcpy(&(into), (body), sizeof(into)))
+
+/* Asks Python to copy up (a write of nothing) and parks the request until it has. */
+static void park(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body, size_t length)
+{
+    struct pbk_job *job = pbk_job_new(header, body, length);
+    if (!job) {
+        pbk_reply(d, header->unique, -ENOMEM, NULL, 0);
+        return;
+    }
+    struct {
+        struct fuse_in_header header;
+        struct fuse_write_in write;
+    } message;
+    memset(&message, 0, sizeof message);
+    message.header = *header;
+    message.header.opcode = FUSE_WRITE;
+    message.header.len = sizeof message;
+    message.header.total_extlen = 0;
+    message.write.fh = header->nodeid;
+    pbk_count(&d->counters.parked, 1);
+    pbk_forward(d, &message, sizeof message, job);
+}
+
+/* For what is left when a request that had to wait finds no object again. */
+static int no_object(struct pbk_dispatcher *d, uint64_t ino)
+{
+    pbk_dispatcher_log(d, "dispatcher: inode %llu has no object after its copy-up", (unsigned long long)ino);
+    return -EIO;
+}
+
+static void read_file(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                      size_t length)
+{
+    struct pbk_dispatcher *d = worker->dispatcher;
+    struct fuse_read_in in;
+    struct pbk_node *node = NULL;
+    ssize_t got = -EIO;
+    int n_iov = 1;
+
+    /* A longer read would be cut, which the kernel would take for the end of the file. */
+    if (!PARSE(in, body, length) || in.size > PBK_FUSE_MAX_IO || in.offset > (uint64_t)INT64_MAX - in.size)
+        got = -EINVAL;
+    else if ((node = pbk_nodes_get(d->nodes, header->nodeid)))
+        got = pbk_node_read(node, worker->ctx, in.offset, in.size, worker->iov, (int)PBK_N_IOV, &n_iov);
+    if (got < 0) {
+        pbk_reply(d, header->unique, (int)got, NULL, 0);
+    } else {
+        pbk_count(&d->counters.read_bytes, (uint64_t)got);
+        pbk_reply_iov(d, header->unique, 0, worker->iov, n_iov);
+    }
+    if (node)
+        pbk_node_put(node);
+}
+
+static void write_file(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                       size_t length, bool may_park)
+{
+    struct pbk_dispatcher *d = worker->dispatcher;
+    struct fuse_write_in in;
+    if (!PARSE(in, body, length) || in.size != length - sizeof in || in.size > PBK_FUSE_MAX_IO ||
+        in.offset > (uint64_t)INT64_MAX - in.size) {
+        pbk_reply(d, header->unique, -EINVAL, NULL, 0);
+        return;
+    }
+    struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
+    if (!node) {
+        pbk_reply(d, header->unique, -EIO, NULL, 0);
+        return;
+    }
+    /* Written-back pages that are answered short would be lost without an error, so go on until all is written. */
+    size_t done = 0;
+    ssize_t got = 0;
+    while (done < in.size) {
+        got = pbk_node_write(node, worker->ctx, in.offset + done, body + sizeof in + done, in.size - done);
+        if (got <= 0)
+            break;
+        done += (size_t)got;
+    }
+    pbk_node_put(node);
+    pbk_count(&d->counters.write_bytes, done);
+    if (got == PBK_NO_OBJECT && done == 0 && may_park) {
+        park(d, header, body, length);
+    } else if (done < in.size) {
+        int error = got == 0 ? -EIO : got == PBK_NO_OBJECT ? no_object(d, header->nodeid) : (int)got;
+        pbk_reply(d, header->unique, error, NULL, 0);
+    } else {
+        struct fuse_write_out out = {.size = in.size};
+        pbk_reply(d, header->unique, 0, &out, sizeof out);
+    }
+}
+
+static void fallocate_file(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                           size_t length, bool may_park)
+{
+    struct pbk_dispatcher *d = worker->dispatcher;
+    struct fuse_fallocate_in in;
+    struct pbk_node *node = NULL;
+    int error = -EIO;
+    if (!PARSE(in, body, length) || in.mode > INT32_MAX || in.offset > INT64_MAX || in.length > (uint64_t)INT64_MAX - in.offset)
+        error = -EINVAL;
+    else if ((node = pbk_nodes_get(d->nodes, header->nodeid)))
+        error = pbk_node_fallocate(node, worker->ctx, (int)in.mode, in.offset, in.length);
+    if (node)
+        pbk_node_put(node);
+    if (error == PBK_NO_OBJECT && may_park) {
+        park(d, header, body, length);
+        return;
+    }
+    if (error == PBK_NO_OBJECT)
+        error = no_object(d, header->nodeid);
+    /* ENOSYS would switch fallocate off for the whole mount, and glibc would write a byte into each block instead. */
+    pbk_reply(d, header->unique, error == -ENOSYS ? -EOPNOTSUPP : error, NULL, 0);
+}
+
+static void reply_attributes(struct pbk_dispatcher *d, uint64_t unique, uint64_t ino, const struct stat *st)
+{
+    struct fuse_attr_out out;
+    memset(&out, 0, sizeof out);
+    out.attr_valid = PBK_FUSE_VALID_S;
+    out.attr.ino = ino;
+    out.attr.size = (uint64_t)st->st_size;
+    out.attr.blocks = (uint64_t)st->st_blocks;
+    out.attr.atime = (uint64_t)st->st_atim.tv_sec;
+    out.attr.mtime = (uint64_t)st->st_mtim.tv_sec;
+    out.attr.ctime = (uint64_t)st->st_ctim.tv_sec;
+    out.attr.atimensec = (uint32_t)st->st_atim.tv_nsec;
+    out.attr.mtimensec = (uint32_t)st->st_mtim.tv_nsec;
+    out.attr.ctimensec = (uint32_t)st->st_ctim.tv_nsec;
+    out.attr.mode = st->st_mode;
+    out.attr.nlink = (uint32_t)st->st_nlink;
+    out.attr.uid = st->st_uid;
+    out.attr.gid = st->st_gid;
+    /* The kernel's own page size: a larger one would make it write back in larger pieces than it holds. */
+    out.attr.blksize = 4096;
+    pbk_reply(d, unique, 0, &out, sizeof out);
+}
+
+/* The size that is answered here may be older than the kernel's, which keeps its own while it has dirty pages and ignores
+ * ours for a regular file. Source: fuse_get_cache_mask(). */
+static bool get_attributes(struct pbk_dispatcher *d, const struct fuse_in_header *header)
+{
+    struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
+    if (!node)
+        return false;
+    struct stat st;
+    int error = pbk_node_stat(node, &st);
+    pbk_node_put(node);
+    if (error == PBK_NO_OBJECT)
+        return false;
+    if (error)
+        pbk_reply(d, header->unique, error, NULL, 0);
+    else
+        reply_attributes(d, header->unique, header->nodeid, &st);
+    return true;
+}
+
+/* Only times: with the write-back cache the kernel keeps mtime itself and sends it once in a while for every written file.
+ * Whatever else changes an attribute is seldom, and Python's. */
+static bool set_attributes(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
+                           size_t length)
+{
+    struct fuse_setattr_in in;
+    if (!PARSE(in, body, length))
+        return false;
+    uint32_t what = in.valid & ~(uint32_t)(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME);
+    if (what & ~(uint32_t)(FATTR_ATIME | FATTR_MTIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW))
+        return false;
+    struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
+    if (!node)
+        return false;
+    /* The kernel sends the time also where it says "now"; its value is the one it keeps. */
+    struct timespec times[2] = {
+        {.tv_sec = (time_t)in.atime, .tv_nsec = what & FATTR_ATIME ? (long)in.atimensec : UTIME_OMIT},
+        {.tv_sec = (time_t)in.mtime, .tv_nsec = what & FATTR_MTIME ? (long)in.mtimensec : UTIME_OMIT},
+    };
+    struct stat st;
+    int error = what & (FATTR_ATIME | FATTR_MTIME) ? pbk_node_utimens(node, times) : 0;
+    if (!error)
+        error = pbk_node_stat(node, &st);
+    pbk_node_put(node);
+    if (error == PBK_NO_OBJECT)
+        return false;
+    if (error)
+        pbk_reply(d, header->unique, error, NULL, 0);
+    else
+        reply_attributes(d, header->unique, header->nodeid, &st);
+    return true;
+}
+
+/* A node that Python has registered once is opened without it from then on. */
+static bool open_file(struct pbk_dispatcher *d, const struct fuse_in_header *header)
+{
+    struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
+    if (!node)
+        return false;
+    struct fuse_open_out out = {.fh = header->nodeid, .open_flags = FOPEN_KEEP_CACHE};
+    pbk_node_opened(node); /* before the kernel knows: its RELEASE may come while we are still here */
+    if (!pbk_reply(d, header->unique, 0, &out, sizeof out))
+        pbk_node_released(node);
+    pbk_node_put(node);
+    return true;
+}
+
+static void release_file(struct pbk_dispatcher *d, const struct fuse_in_header *header)
+{
+    struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
+    if (node) {
+        pbk_node_released(node);
+        pbk_node_put(node);
+    }
+    pbk_reply(d, header->unique, 0, NULL, 0);
+}
+
+static void queue_fsync(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
+                        size_t length)
+{
+    struct pbk_job *job = pbk_job_new(header, body, length);
+    if (job)
+        pbk_pool_push_fsync(d, job);
+    else
+        pbk_reply(d, header->unique, -ENOMEM, NULL, 0);
+}
+
+bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                    size_t length, bool may_park)
+{
+    struct pbk_dispatcher *d = worker->dispatcher;
+    switch (header->opcode) {
+    case FUSE_READ:
+        read_file(worker, header, body, length);
+        return true;
+    case FUSE_WRITE:
+        write_file(worker, header, body, length, may_park);
+        return true;
+    case FUSE_FSYNC:
+        queue_fsync(d, header, body, length);
+        return true;
+    case FUSE_FALLOCATE:
+        fallocate_file(worker, header, body, length, may_park);
+        return true;
+    case FUSE_GETATTR:
+        return get_attributes(d, header);
+    case FUSE_SETATTR:
+        return set_attributes(d, header, body, length);
+    case FUSE_OPEN:
+        return open_file(d, header);
+    case FUSE_RELEASE:
+        release_file(d, header);
+        return true;
+    case FUSE_OPENDIR: {
+        /* readdir gets the inode as its handle, and the kernel may keep what it read for the next opendir. */
+        struct fuse_open_out out = {.fh = header->nodeid, .open_flags = FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR};
+        pbk_reply(d, header->unique, 0, &out, sizeof out);
+        return true;
+    }
+    case FUSE_RELEASEDIR:
+    case FUSE_DESTROY:
+        pbk_reply(d, header->unique, 0, NULL, 0);
+        return true;
+    case FUSE_INIT:
+    case FUSE_LOOKUP:
+    case FUSE_FORGET:
+    case FUSE_BATCH_FORGET:
+    case FUSE_READLINK:
+    case FUSE_SYMLINK:
+    case FUSE_MKNOD:
+    case FUSE_MKDIR:
+    case FUSE_UNLINK:
+    case FUSE_RMDIR:
+    case FUSE_RENAME:
+    case FUSE_RENAME2:
+    case FUSE_LINK:
+    case FUSE_STATFS:
+    case FUSE_CREATE:
+    case FUSE_READDIR:
+    case FUSE_READDIRPLUS:
+    case FUSE_FSYNCDIR:
+        return false;
+    default:
+        /*
+         * The kernel stops asking, and does without or by other means: FLUSH and ACCESS are not needed, LSEEK takes the
+         * whole file for data, COPY_FILE_RANGE copies through the page cache, xattrs, IOCTL and TMPFILE become
+         * EOPNOTSUPP or ENOTTY, INTERRUPT means that callers wait.
+         */
+        pbk_reply(d, header->unique, -ENOSYS, NULL, 0);
+        return true;
+    }
+}

@@ -1,0 +1,187 @@
+/*
+ * What the dispatcher's own files share: its lists, each with its lock, and its threads.
+ *
+ *   dispatcher.c          life: make, start, stop; counters
+ *   dispatcher_reader.c   readers: take a request, answer or forward it
+ *   dispatcher_hot.c      the requests that are answered from nodes
+ *   dispatcher_pool.c     the pool: FSYNC, and requests that waited for a copy-up
+ *   dispatcher_pump.c     the pump and the notifier
+ *   dispatcher_pending.c  what pyfuse3 owes an answer to
+ *
+ * Every lock here is a leaf: nothing is locked, written or called on a node while one is held.
+ */
+#ifndef PBK_DISPATCHER_INTERNAL_H
+#define PBK_DISPATCHER_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include "pbk/dispatcher.h"
+#include "pbk/fuse_proto.h"
+
+#define PBK_MAX_READERS 16u
+#define PBK_MAX_POOL 17u
+#define PBK_N_OPCODES 64u /* opcodes at or above it are counted in slot 0 */
+
+/* Enough for a megabyte of pages from a raw chain, one entry a page (see pbk_node_read), and the header. */
+#define PBK_N_IOV (PBK_FUSE_MAX_IO / PBK_BLCKSZ + 8u)
+
+/*
+ * A request that outlives its reader's buffer. Owned by one list or thread at a time: the reader that makes it, pending
+ * (while pyfuse3 copies up), the pool's queues, the pool thread that runs and frees it.
+ */
+struct pbk_job {
+    struct pbk_job *next;
+    int error; /* of the copy-up: 0 or -errno */
+    size_t length;
+    struct fuse_in_header header;
+    unsigned char body[];
+};
+
+/* One request that pyfuse3 has to answer. Owned by pending until taken. */
+struct pbk_request {
+    struct pbk_request *next;
+    uint64_t unique;
+    uint64_t nodeid;
+    uint32_t opcode;
+    struct pbk_job *job; /* parked: the answer releases it; INIT: what the kernel offered; else NULL */
+};
+
+/* All outstanding requests by unique. Locked by lock; n may be read without it. Grows without a limit of its own: the
+ * kernel has one request outstanding for each of its callers. */
+struct pbk_pending {
+    pthread_mutex_t lock;
+    struct pbk_request **buckets;
+    size_t n_buckets; /* a power of two */
+    bool is_closed;   /* nothing is added any more */
+    _Atomic size_t n;
+};
+
+/* A message for the socketpair or a notification for the kernel. Owned by the list it is in. */
+struct pbk_message {
+    struct pbk_message *next;
+    size_t length;
+    unsigned char bytes[];
+};
+
+/* Forwarded requests that found the socketpair full. Locked by lock; n may be read without it. */
+struct pbk_outbox {
+    pthread_mutex_t lock;
+    struct pbk_message *head, **tail;
+    _Atomic size_t n;
+};
+
+/* Notifications for the kernel. Locked by lock. */
+struct pbk_notes {
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    struct pbk_message *head, **tail;
+    bool is_closed;
+};
+
+/* Queues of the pool. Locked by lock; the counts may be read without it. */
+struct pbk_pool {
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    struct pbk_job *fsync_head, **fsync_tail;
+    struct pbk_job *retry_head, **retry_tail;
+    unsigned n_fsyncs_running; /* at most n_fsync, so that a thread is left for retries */
+    bool is_closed;
+    _Atomic size_t n_fsync_queued, n_retry_queued;
+};
+
+/* A reader or a pool thread with what belongs to it alone. */
+struct pbk_worker {
+    struct pbk_dispatcher *dispatcher;
+    pthread_t thread;
+    struct pbk_ctx *ctx;
+    unsigned char *buffer; /* readers: PBK_FUSE_BUFFER bytes */
+    struct iovec iov[PBK_N_IOV];
+};
+
+/* Relaxed: nobody draws conclusions from one counter about another. */
+struct pbk_counters {
+    _Atomic uint64_t native[PBK_N_OPCODES], forwarded[PBK_N_OPCODES];
+    _Atomic uint64_t read_bytes, write_bytes;
+    _Atomic uint64_t parked, notified, notify_errors, reply_errors, stray_replies, socket_full;
+};
+
+/* Set before the first thread and constant after, but for the atomics, what the lists' own locks guard, and what life
+ * guards: start and stop hold it all the way, the dispatcher's threads never take it. */
+struct pbk_dispatcher {
+    struct pbk_nodes *nodes;
+    int fuse_fd;   /* borrowed */
+    int log_fd;    /* borrowed, or -1 */
+    int socket_fd; /* our end; pyfuse3 has a dup of peer_fd */
+    int peer_fd;
+    int event_fd; /* connection gone */
+    int wake_fd;  /* the pump: look at the outbox */
+    unsigned n_readers, n_fsync;
+
+    _Atomic bool is_stopping;
+    _Atomic bool is_gone;
+
+    struct pbk_pending pending;
+    struct pbk_outbox outbox;
+    struct pbk_notes notes;
+    struct pbk_pool pool;
+    struct pbk_counters counters;
+
+    pthread_mutex_t life; /* guards all that follows, but for what a worker keeps in its own struct */
+    bool is_started;
+    bool has_pump, has_notifier;
+    unsigned n_readers_running, n_pool_running;
+    pthread_t pump, notifier;
+    struct pbk_worker readers[PBK_MAX_READERS];
+    struct pbk_worker pool_threads[PBK_MAX_POOL];
+};
+
+static inline void pbk_count(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+/* dispatcher.c */
+void pbk_dispatcher_log(struct pbk_dispatcher *, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Answer a request: iov[0] is overwritten by the header, n_iov counts it. error is 0 or -errno (then n_iov has to be 1).
+ * True if the kernel took it. */
+bool pbk_reply_iov(struct pbk_dispatcher *, uint64_t unique, int error, struct iovec *iov, int n_iov);
+bool pbk_reply(struct pbk_dispatcher *, uint64_t unique, int error, const void *payload, size_t length);
+/* Notes that the kernel has let go, and says so on event_fd. */
+void pbk_dispatcher_gone(struct pbk_dispatcher *);
+
+/* dispatcher_pending.c: 0, -ENOMEM or -ECONNABORTED (closed). The job passes into the table only on success. */
+int pbk_pending_init(struct pbk_pending *);
+void pbk_pending_destroy(struct pbk_pending *);
+int pbk_pending_add(struct pbk_pending *, const struct fuse_in_header *, struct pbk_job *);
+struct pbk_request *pbk_pending_take(struct pbk_pending *, uint64_t unique); /* the caller frees it; NULL: unknown */
+struct pbk_request *pbk_pending_close(struct pbk_pending *); /* everything, as a list; nothing can be added any more */
+
+/* dispatcher_reader.c */
+void *pbk_reader_main(void *worker);
+/* Pass a whole message on to pyfuse3; answers the kernel itself if that cannot be done. job: parked with it, or NULL. */
+void pbk_forward(struct pbk_dispatcher *, const void *message, size_t length, struct pbk_job *job);
+/* Does not wait. 0, or -errno if the message is lost. */
+int pbk_send_to_python(struct pbk_dispatcher *, const void *message, size_t length);
+
+/* dispatcher_hot.c: true if the request was answered (or will be), false if pyfuse3 has to. may_park: a write without an
+ * object goes to Python for a copy-up; without it, to the caller as EIO. */
+bool pbk_answer_hot(struct pbk_worker *, const struct fuse_in_header *, const unsigned char *body, size_t length,
+                    bool may_park);
+
+/* dispatcher_pool.c */
+struct pbk_job *pbk_job_new(const struct fuse_in_header *, const unsigned char *body, size_t length);
+void pbk_pool_push_fsync(struct pbk_dispatcher *, struct pbk_job *);
+void pbk_pool_push_retry(struct pbk_dispatcher *, struct pbk_job *);
+void *pbk_pool_main(void *worker);
+
+/* dispatcher_pump.c */
+void *pbk_pump_main(void *dispatcher);
+void *pbk_notifier_main(void *dispatcher);
+struct pbk_message *pbk_message_new(size_t length);
+int pbk_notes_push(struct pbk_dispatcher *, struct pbk_message *); /* takes the message over; 0 or -ENOTCONN */
+void pbk_outbox_push(struct pbk_dispatcher *, struct pbk_message *);
+
+#endif
