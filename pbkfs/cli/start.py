@@ -1,0 +1,240 @@
+"""``pbkfs start``: PostgreSQL on a mount or any other copy of a PGDATA, with safe settings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from pathlib import Path
+
+import click
+
+from pbkfs.cli.output import echo_json, format_option
+from pbkfs.cli.pgdata_option import cluster_at, pgdata_option, user_option
+from pbkfs.errors import UsageError
+from pbkfs.postgres.launch import Reporter, Started, StartOptions
+from pbkfs.postgres.network import split_addresses
+from pbkfs.postgres.recovery import ACTIONS, parse_target
+from pbkfs.postgres.running import exec_psql
+from pbkfs.postgres.server import start
+from pbkfs.postgres.source import archive_of
+
+_PROGRESS_S = 5.0
+
+
+@click.command("start")
+@pgdata_option
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Port.  [default: first free from 5432]"
+)
+@click.option(
+    "--listen",
+    "listen",
+    multiple=True,
+    metavar="ADDRESSES",
+    help="Addresses to listen on; '' for the local socket only.  [default: 127.0.0.1]",
+)
+@click.option(
+    "--socket-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of the Unix socket.  [default: a short one of the server's user, 0700]",
+)
+@click.option(
+    "--pg-bindir",
+    type=click.Path(path_type=Path),
+    help="Where the server's programs are.  [default: found by PGDATA's version]",
+)
+@click.option("--shared-buffers", metavar="SIZE", help="Size of shared_buffers.")
+@click.option(
+    "-c",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the server, for this start only; beats all others.",
+)
+@click.option("--pg-options", metavar="ARGS", help="More arguments of postgres, as pg_ctl -o.")
+@click.option(
+    "--trust-local",
+    is_flag=True,
+    help="Ask nobody for a password on the local socket, which only the server's user and root "
+    "can reach. Else PGDATA's own pg_hba.conf counts.",
+)
+@click.option(
+    "--log",
+    "--log-file",
+    "log",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The server's log.  [default: in the diff, or beside PGDATA]",
+)
+@click.option("--recovery-target-time", metavar="TIME", help="Recover up to this time.")
+@click.option("--recovery-target-lsn", metavar="LSN", help="Recover up to this WAL position.")
+@click.option("--recovery-target-xid", metavar="XID", help="Recover up to this transaction.")
+@click.option("--recovery-target-name", metavar="NAME", help="Recover up to this restore point.")
+@click.option(
+    "--recovery-target",
+    type=click.Choice(("immediate", "latest")),
+    help="immediate: as soon as the backup is consistent; latest: all archived WAL.",
+)
+@click.option(
+    "--recovery-target-action",
+    type=click.Choice(ACTIONS),
+    help="At the target: promote to a writable server on a new timeline, pause as a read-only "
+    "one, or shut down.  [default: promote]",
+)
+@click.option(
+    "--recovery-target-timeline",
+    metavar="TLI",
+    help="current, latest or a number.  [default: current]",
+)
+@click.option(
+    "--recovery-target-inclusive/--recovery-target-exclusive",
+    "inclusive",
+    default=None,
+    help="Stop after or before the target.  [default: after]",
+)
+@click.option(
+    "--wal-archive",
+    type=click.Path(path_type=Path),
+    help="Directory of archived WAL.  [default: the archive of the mount's store]",
+)
+@click.option(
+    "--timeout",
+    type=float,
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait until it is ready.",
+)
+@click.option("--connect", is_flag=True, help="Run psql when the server is ready.")
+@user_option
+@format_option
+def command(
+    pgdata: Path,
+    port: int | None,
+    listen: tuple[str, ...],
+    socket_dir: Path | None,
+    pg_bindir: Path | None,
+    shared_buffers: str | None,
+    settings: tuple[str, ...],
+    pg_options: str | None,
+    trust_local: bool,
+    log: Path | None,
+    recovery_target_time: str | None,
+    recovery_target_lsn: str | None,
+    recovery_target_xid: str | None,
+    recovery_target_name: str | None,
+    recovery_target: str | None,
+    recovery_target_action: str | None,
+    recovery_target_timeline: str | None,
+    inclusive: bool | None,
+    wal_archive: Path | None,
+    timeout: float,
+    connect: bool,
+    user: str,
+    output: str,
+) -> None:
+    """Start PostgreSQL on a mount or any other copy of a PGDATA.
+
+    The server never archives, never connects to the original or its neighbours, and listens on its
+    own port. It runs as the owner of PGDATA. All of that is said on its command line; nothing is
+    written into its configuration. Prints how to connect.
+
+    A backup starts as of its end. With a recovery target it is recovered further, from the
+    archive of its store.
+    """
+    target = parse_target(
+        {
+            "time": recovery_target_time,
+            "lsn": recovery_target_lsn,
+            "xid": recovery_target_xid,
+            "name": recovery_target_name,
+        },
+        point=recovery_target,
+        action=recovery_target_action,
+        timeline=recovery_target_timeline,
+        is_inclusive=inclusive,
+    )
+    if wal_archive is not None and target is None:
+        raise UsageError(
+            "--wal-archive without a recovery target", hint="Add --recovery-target latest."
+        )
+    cluster = cluster_at(pgdata)
+    archive = wal_archive.absolute() if wal_archive is not None else None
+    if archive is None and target is not None:
+        archive = archive_of(cluster)
+    options = StartOptions(
+        bindir=pg_bindir,
+        port=port,
+        listen_addresses=split_addresses(listen) if listen else "127.0.0.1",
+        socket_dir=socket_dir.absolute() if socket_dir is not None else None,
+        shared_buffers=shared_buffers,
+        settings=[_parse_setting(text) for text in settings],
+        arguments=_split(pg_options),
+        trusts_socket=trust_local,
+        target=target,
+        archive=archive,
+        log=log.absolute() if log is not None else None,
+        user=user,
+        timeout_s=timeout,
+    )
+    progress = _Progress()
+    started = start(cluster, options, Reporter(_notice, progress.show))
+    if output == "json":
+        echo_json(_to_json(started))
+    elif started.place is None:
+        click.echo(f"recovered and shut down; log: {started.log}")
+    else:
+        if started.is_paused:
+            _notice("recovery is paused at the target; the server is read-only")
+        click.echo(started.uri)
+    if connect and started.place is not None:
+        exec_psql(started, cluster, user)
+
+
+def _notice(text: str) -> None:
+    click.echo(f"pbkfs: {text}", err=True)
+
+
+class _Progress:
+    """Shows a start that takes long: one line now and then, and only if it says something new."""
+
+    def __init__(self) -> None:
+        self._shown_at = time.monotonic()
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        """Show ``text`` unless it was shown, or something else a moment ago."""
+        now = time.monotonic()
+        if text != self._shown and now - self._shown_at >= _PROGRESS_S:
+            self._shown_at, self._shown = now, text
+            _notice(text)
+
+
+def _parse_setting(text: str) -> tuple[str, str]:
+    # Source: src/backend/utils/misc/guc.c, ParseLongOption: a dash in the name is an underscore.
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w$.]*", name):
+        raise UsageError(f"setting {text!r} is not understood", hint="Write it like work_mem=64MB.")
+    return name, value
+
+
+def _split(text: str | None) -> list[str]:
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        raise UsageError(f"arguments {text!r} are not understood: {error}") from error
+
+
+def _to_json(started: Started) -> dict[str, object]:
+    place = started.place
+    return {
+        "running": place is not None,
+        "pid": started.postmaster.pid if started.postmaster else None,
+        "port": place.port if place else None,
+        "socket_directory": str(place.socket_dir) if place else None,
+        "uri": started.uri,
+        "in_recovery": started.is_paused,
+        "version": started.binaries.version,
+        "log": str(started.log),
+    }

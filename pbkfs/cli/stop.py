@@ -1,0 +1,43 @@
+"""``pbkfs stop``: stop the server of a PGDATA and wait until it is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pbkfs.cli.pgdata_option import cluster_at, pgdata_option
+from pbkfs.errors import NotRunningError
+from pbkfs.mount.mounts import resolve
+from pbkfs.postgres.running import STOP_SIGNALS, stop
+
+
+@click.command("stop")
+@pgdata_option
+@click.option(
+    "-m",
+    "--mode",
+    type=click.Choice(tuple(STOP_SIGNALS)),
+    default="fast",
+    show_default=True,
+    help="smart waits for clients; fast ends them and writes a checkpoint; immediate just ends, "
+    "and the next start recovers.",
+)
+@click.option(
+    "--timeout",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait until it is gone.",
+)
+def command(pgdata: Path, mode: str, timeout: float) -> None:
+    """Stop the PostgreSQL server of a mount or another PGDATA."""
+    data_dir = resolve(pgdata)
+    try:
+        owner = cluster_at(pgdata).owner
+    except NotRunningError:
+        # The mount's worker is gone; its server may still be there, and has to go first.
+        owner = None
+    stopped = stop(data_dir, owner, mode, timeout)
+    click.echo(f"stopped (pid {stopped.pid})", err=True)

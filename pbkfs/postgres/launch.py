@@ -1,0 +1,254 @@
+"""One attempt to start a server: the child, its log, and the wait until it is ready.
+
+The server is a child in a session of its own; it outlives the caller. Used by ``server`` only, in
+one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pbkfs.errors import HostError, PostgresError, TimedOutError
+from pbkfs.postgres.binaries import Binaries
+from pbkfs.postgres.cluster import Cluster
+from pbkfs.postgres.network import Place
+from pbkfs.postgres.postmaster import Postmaster, identify, ping, read_pid_file
+from pbkfs.postgres.recovery import Recovery, RecoveryTarget
+
+_POLL_S = 0.05
+_TAIL_LINES = 20
+
+# Source: src/backend/access/transam/xlogrecovery.c, recoveryPausesHere and ReadRecord. lc_messages
+# is C for a server that pauses, because nothing but its log tells when it does.
+_PAUSED = ("pausing at the end of recovery", "recovery has paused")
+_TARGET_MISSED = "recovery ended before configured recovery target was reached"
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """What the user may choose about a start; the defaults are the safe ones."""
+
+    bindir: Path | None = None
+    port: int | None = None
+    listen_addresses: str = "127.0.0.1"
+    socket_dir: Path | None = None
+    shared_buffers: str | None = None
+    settings: Sequence[tuple[str, str]] = ()
+    arguments: Sequence[str] = ()
+    trusts_socket: bool = False
+    target: RecoveryTarget | None = None
+    archive: Path | None = None
+    log: Path | None = None
+    user: str = "postgres"
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server that came up. ``place`` is None for one that recovered and shut itself down."""
+
+    postmaster: Postmaster | None
+    place: Place | None
+    uri: str | None
+    log: Path
+    binaries: Binaries
+    is_paused: bool = False
+
+
+def _say_nothing(text: str) -> None:
+    """Drop ``text``."""
+    del text
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Where a start tells what it does: notices once, progress again and again."""
+
+    notice: Callable[[str], None] = field(default=_say_nothing)
+    progress: Callable[[str], None] = field(default=_say_nothing)
+
+
+# --- the log ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLog:
+    """The file that takes the server's stderr, open for appending."""
+
+    path: Path
+    fd: int
+
+    def since(self, offset: int) -> list[str]:
+        """Return the lines written after ``offset``."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read().decode(errors="replace").splitlines()
+
+    def size(self) -> int:
+        """Return how long it is now."""
+        return os.fstat(self.fd).st_size
+
+    def close(self) -> None:
+        """Let go of the file; the server has its own descriptor."""
+        os.close(self.fd)
+
+
+def open_log(cluster: Cluster, named: Path | None, run_dir: Path) -> ServerLog:
+    """Open the server's log for appending: where it was named, in the diff, or beside PGDATA."""
+    if named is not None:
+        candidates = [named]
+    elif cluster.diff is not None:
+        candidates = [cluster.diff / "log" / "postgres.log", run_dir / "postgres.log"]
+    else:
+        beside = cluster.data_dir.parent / f"{cluster.data_dir.name}.postgres.log"
+        candidates = [beside, run_dir / "postgres.log"]
+    problem: OSError | None = None
+    for path in candidates:
+        try:
+            if path.parent.name == "log" and cluster.diff is not None:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            return ServerLog(path.absolute(), os.open(path, flags, 0o600))
+        except OSError as error:
+            problem = error
+    assert problem is not None
+    raise HostError(
+        f"cannot write the log {candidates[0]}: {problem.strerror}",
+        hint="Name another file with --log.",
+    )
+
+
+# --- launching and waiting --------------------------------------------------------------------
+
+
+class PortTakenError(Exception):
+    """Another process bound the port between our look and the server's bind."""
+
+
+class Launch:
+    """One attempt to start the server; owns the child until it is ready."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        binaries: Binaries,
+        arguments: Sequence[str],
+        place: Place,
+        log: ServerLog,
+        recovery: Recovery | None,
+        options: StartOptions,
+    ) -> None:
+        self._cluster = cluster
+        self._binaries = binaries
+        self._place = place
+        self._log = log
+        self._recovery = recovery
+        self._options = options
+        self._offset = log.size()
+        self._child = subprocess.Popen(
+            [binaries.postgres, "-D", cluster.data_dir, *arguments],
+            cwd="/",
+            env=cluster.owner.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log.fd,
+            stderr=log.fd,
+            start_new_session=True,
+            umask=0o077,
+            **cluster.owner.popen_identity(),
+        )
+
+    def wait(self, reporter: Reporter) -> Started:
+        """Wait until the server is ready, paused at its target, or ended."""
+        deadline = time.monotonic() + self._options.timeout_s
+        while True:
+            ended = self._wait_child()
+            if ended is not None:
+                return self._ended(ended)
+            status = self._status()
+            is_paused = status == "standby" and self._is_paused()
+            # A server that will be promoted says "standby" on the way.
+            if status == "ready" or is_paused:
+                if self._accepts_connections():
+                    return self._started(is_paused)
+            elif time.monotonic() < deadline:
+                self._report(reporter)
+            if time.monotonic() >= deadline:
+                raise TimedOutError(
+                    f"the server of {self._cluster.data_dir} is not ready after "
+                    f"{self._options.timeout_s:g} s; it goes on (pid {self._child.pid}, "
+                    f"log {self._log.path})",
+                    hint="pbkfs status shows when it is ready; pbkfs stop ends it.",
+                )
+
+    def _accepts_connections(self) -> bool:
+        socket_dir, port = str(self._place.socket_dir), self._place.port
+        return ping(socket_dir, port, self._options.user) == "accepting"
+
+    def _wait_child(self) -> int | None:
+        try:
+            return self._child.wait(_POLL_S)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _status(self) -> str:
+        pid_file = read_pid_file(self._cluster.data_dir)
+        # Until the server has written its own, the file may be an earlier one's.
+        return pid_file.status if pid_file and pid_file.pid == self._child.pid else ""
+
+    def _is_paused(self) -> bool:
+        recovery = self._recovery
+        if recovery is None or recovery.target.action != "pause":
+            return False
+        return any(mark in line for line in self._log.since(self._offset) for mark in _PAUSED)
+
+    def _report(self, reporter: Reporter) -> None:
+        postmaster = identify(self._child.pid, self._cluster.data_dir)
+        activity = postmaster.activity() if postmaster else ""
+        reporter.progress(activity or "starting")
+
+    def _started(self, is_paused: bool) -> Started:
+        postmaster = identify(self._child.pid, self._cluster.data_dir)
+        if postmaster is None:
+            return self._ended(self._child.wait())
+        # The server outlives us; Popen must neither wait for it nor warn about it.
+        self._child.returncode = 0
+        return Started(
+            postmaster,
+            self._place,
+            self._place.uri(self._options.user, prefer_socket=self._options.trusts_socket),
+            self._log.path,
+            self._binaries,
+            is_paused,
+        )
+
+    def _ended(self, code: int) -> Started:
+        recovery = self._recovery
+        lines = self._log.since(self._offset)
+        if code == 0 and recovery is not None and recovery.target.action == "shutdown":
+            return Started(None, None, None, self._log.path, self._binaries)
+        if any(_is_port_complaint(line) for line in lines):
+            raise PortTakenError
+        hint = f"The whole log is {self._log.path}."
+        if any(_TARGET_MISSED in line for line in lines):
+            hint = (
+                "The archive ends before the recovery target, or the target is before the end of "
+                f"the backup. {hint}"
+            )
+        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        tail = "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+        raise PostgresError(
+            f"the server of {self._cluster.data_dir} did not come up: {how}; the end of its log:\n"
+            f"{tail or '  (nothing)'}",
+            hint=hint,
+        )
+
+
+def _is_port_complaint(line: str) -> bool:
+    # Source: src/backend/libpq/pqcomm.c; strerror(EADDRINUSE) in the C locale and in others.
+    return os.strerror(errno.EADDRINUSE) in line or "Address already in use" in line

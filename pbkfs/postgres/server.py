@@ -1,0 +1,290 @@
+"""Start a server on a PGDATA: check, plan, write what has to be written, launch, wait.
+
+Nothing in PGDATA changes before every check has passed that can be made without a change. Called
+by the command line, in one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from pbkfs.errors import BusyError, HostError, PostgresError, UsageError
+from pbkfs.postgres.account import check_can_serve, check_reachable, find_obstacle
+from pbkfs.postgres.binaries import Binaries, find_binaries
+from pbkfs.postgres.cluster import Cluster, check_permissions, read_control
+from pbkfs.postgres.configuration import Configuration, read_configuration
+from pbkfs.postgres.launch import (
+    Launch,
+    PortTakenError,
+    Reporter,
+    ServerLog,
+    Started,
+    StartOptions,
+    open_log,
+)
+from pbkfs.postgres.network import (
+    Place,
+    check_port,
+    check_socket_directory,
+    find_free_port,
+    make_run_directory,
+)
+from pbkfs.postgres.postmaster import find_postmaster, find_survivors, pid_is_used, read_pid_file
+from pbkfs.postgres.recovery import SIGNAL, Recovery, check_restore_command, plan_recovery
+from pbkfs.postgres.safe_start import FALLBACKS, SafeStart, plan_safe_start
+
+_PORT_TRIES = 5
+
+
+def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Started:
+    """Start a server on ``cluster`` and wait until it accepts connections.
+
+    Raises BusyError if one runs or the port is taken, PostgresError with the end of the log if the
+    server does not come up, TimedOutError if it is still recovering after the time limit.
+    """
+    check_can_serve(cluster.owner, cluster.data_dir)
+    binaries = find_binaries(cluster.major, options.bindir)
+    _check_not_running(cluster)
+    _check_places(cluster, binaries)
+    control = read_control(cluster, binaries)
+    recovery = plan_recovery(cluster, options.target, options.archive)
+    command = check_restore_command(cluster, recovery.archive) if recovery else ""
+    configuration = read_configuration(cluster.data_dir)
+    place = _choose_place(cluster, options)
+    log = open_log(cluster, options.log, place.socket_dir)
+    try:
+        plan = plan_safe_start(
+            cluster,
+            binaries,
+            configuration,
+            control,
+            place,
+            cluster_name=_cluster_name(cluster),
+            shared_buffers=options.shared_buffers,
+        )
+        if options.trusts_socket:
+            plan.set("hba_file", str(_write_trusting_hba(cluster)))
+        if recovery is not None:
+            if options.target is None:
+                plan.notices.append(f"going on to recover to {recovery.target.describe()}")
+            _plan_recovery(plan, recovery, command, configuration)
+        _prepare(cluster, binaries, plan, configuration, options)
+        for text in plan.notices:
+            reporter.notice(text)
+        return _launch(cluster, binaries, plan, place, log, recovery, options, reporter)
+    finally:
+        log.close()
+
+
+def _launch(
+    cluster: Cluster,
+    binaries: Binaries,
+    plan: SafeStart,
+    place: Place,
+    log: ServerLog,
+    recovery: Recovery | None,
+    options: StartOptions,
+    reporter: Reporter,
+) -> Started:
+    """Launch on the chosen port, or on the next one if somebody was faster."""
+    for _ in range(_PORT_TRIES):
+        arguments = _arguments(plan, options)
+        launch = Launch(cluster, binaries, arguments, place, log, recovery, options)
+        try:
+            return launch.wait(reporter)
+        except PortTakenError:
+            if options.port is not None:
+                break
+            next_port = find_free_port(place.listen_addresses, place.port + 1)
+            place = Place(next_port, place.listen_addresses, place.socket_dir)
+            plan.set("port", str(next_port))
+    raise BusyError(
+        f"port {place.port} was taken while the server started",
+        hint="Try again, or choose another one with --port.",
+    )
+
+
+def _choose_place(cluster: Cluster, options: StartOptions) -> Place:
+    addresses = options.listen_addresses
+    if options.port is not None:
+        check_port(addresses, options.port)
+    port = options.port or find_free_port(addresses)
+    if options.socket_dir is not None:
+        if not options.socket_dir.is_dir():
+            raise UsageError(f"socket directory {options.socket_dir} does not exist")
+        check_socket_directory(options.socket_dir)
+        check_reachable(
+            cluster.owner, options.socket_dir, "the socket directory", os.W_OK | os.X_OK
+        )
+        return Place(port, addresses, options.socket_dir)
+    return Place(port, addresses, make_run_directory(cluster.data_dir, cluster.owner))
+
+
+def _check_not_running(cluster: Cluster) -> None:
+    running = find_postmaster(cluster.data_dir)
+    if running is not None:
+        pid_file = read_pid_file(cluster.data_dir)
+        port = f", port {pid_file.port}" if pid_file and pid_file.port else ""
+        raise BusyError(
+            f"a server already runs on {cluster.data_dir} (pid {running.pid}{port})",
+            hint="Stop it with pbkfs stop, or see pbkfs status for how to connect.",
+        )
+    survivors = find_survivors(cluster.data_dir)
+    if survivors:
+        raise BusyError(
+            f"processes of a dead server still work in {cluster.data_dir}: "
+            + ", ".join(f"pid {pid}" for pid in survivors),
+            hint="They end by themselves when what they do is done; end them if they hang.",
+        )
+
+
+def _check_places(cluster: Cluster, binaries: Binaries) -> None:
+    owner = cluster.owner
+    check_permissions(cluster)
+    check_reachable(owner, cluster.data_dir, "PGDATA", os.R_OK | os.W_OK | os.X_OK)
+    wal = cluster.data_dir / "pg_wal"
+    real_wal = Path(os.path.realpath(wal))
+    if not real_wal.is_dir():
+        where = f" (a link to {real_wal})" if wal.is_symlink() else ""
+        raise PostgresError(
+            f"{wal}{where} does not exist",
+            hint="Mount the diff from its own place: pg_wal is a directory of the diff.",
+        )
+    check_reachable(owner, real_wal, "pg_wal", os.R_OK | os.W_OK | os.X_OK)
+    obstacle = find_obstacle(owner, binaries.postgres, os.R_OK | os.X_OK)
+    if obstacle is not None:
+        raise HostError(
+            f"{owner.name} cannot run {binaries.postgres}: {obstacle}",
+            hint="Install PostgreSQL where every user can reach it, or name another --pg-bindir.",
+        )
+
+
+def _cluster_name(cluster: Cluster) -> str:
+    # Shown in the process list. Source: guc_tables.c allows NAMEDATALEN - 1 bytes of ASCII.
+    name = f"pbkfs {cluster.data_dir}"
+    ascii_name = name.encode("ascii", "replace").decode()
+    return ascii_name if len(ascii_name) < 64 else f"{ascii_name[:20]}...{ascii_name[-40:]}"
+
+
+def _write_trusting_hba(cluster: Cluster) -> Path:
+    """Write an hba file which trusts the local socket and else says what PGDATA's says.
+
+    It lies beside the socket and not in the diff, whose top only the worker's user can write.
+    """
+    directory = make_run_directory(cluster.data_dir, cluster.owner)
+    text = "local all all trust\nlocal replication all trust\n"
+    try:
+        kept = cluster.read("pg_hba.conf").decode("utf-8", "surrogateescape")
+    except OSError:
+        kept = ""
+    # Included files are looked for beside the file that includes them, so they cannot come along.
+    if not re.search(r"(?m)^\s*include|[\s,]@|^@", kept):
+        text += kept
+    path = directory / "pg_hba.conf"
+    try:
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+            if os.geteuid() == 0:
+                os.fchown(fd, cluster.owner.uid, cluster.owner.gid)
+    except OSError as error:
+        raise HostError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _plan_recovery(
+    plan: SafeStart, recovery: Recovery, command: str, configuration: Configuration
+) -> None:
+    if SIGNAL in plan.removals:
+        plan.removals.remove(SIGNAL)
+        plan.notices = [text for text in plan.notices if SIGNAL not in text]
+    plan.files[SIGNAL] = recovery.signal_text()
+    for name, value in recovery.settings(command):
+        plan.set(name, value)
+    if recovery.target.action == "pause":
+        plan.set("lc_messages", "C")
+        if configuration.get("log_min_messages").lower() in ("fatal", "panic"):
+            plan.set("log_min_messages", "log")
+
+
+def _arguments(plan: SafeStart, options: StartOptions) -> list[str]:
+    settings = [*plan.settings, *options.settings]
+    found = [word for name, value in settings for word in ("-c", f"{name}={value}")]
+    return [*found, *options.arguments]
+
+
+def _prepare(
+    cluster: Cluster,
+    binaries: Binaries,
+    plan: SafeStart,
+    configuration: Configuration,
+    options: StartOptions,
+) -> None:
+    """Write what PostgreSQL needs before it can even read its settings, then let it check them."""
+    for name, text in plan.files.items():
+        if name != SIGNAL:
+            cluster.write(name, text)
+    _check_settings(cluster, binaries, plan, configuration, options)
+    for name in plan.removals:
+        cluster.remove(name)
+    if SIGNAL in plan.files:
+        cluster.write(SIGNAL, plan.files[SIGNAL])
+    pid_file = read_pid_file(cluster.data_dir)
+    if pid_file is not None and pid_is_used(pid_file.pid):
+        # The pid now belongs to a process which is no server of this PGDATA, but PostgreSQL would
+        # take it for one. That nobody else works here was checked before.
+        cluster.remove("postmaster.pid")
+
+
+def _check_settings(
+    cluster: Cluster,
+    binaries: Binaries,
+    plan: SafeStart,
+    configuration: Configuration,
+    options: StartOptions,
+) -> None:
+    """Have PostgreSQL read its settings, and replace those which this build or host lacks."""
+    said = _read_settings(cluster, binaries, _arguments(plan, options))
+    if said is None:
+        return
+    for name, fallback in FALLBACKS.items():
+        value = plan.value(name) or configuration.values.get(name)
+        if value is None or value == fallback:
+            continue
+        complaint = _read_settings(cluster, binaries, ["-c", f"{name}={value}"])
+        if complaint is not None and f'"{name}"' in complaint.replace("TimeZone", "timezone"):
+            plan.set(name, fallback)
+            plan.notices.append(f"{name} = {value!r} is not possible here: taking {fallback!r}")
+    said = _read_settings(cluster, binaries, _arguments(plan, options))
+    if said is None:
+        return
+    if 'parameter "recovery_target' in said:
+        raise UsageError(said)
+    raise PostgresError(
+        f"PostgreSQL {binaries.version} does not accept the settings of {cluster.data_dir}: {said}",
+        hint="Correct the configuration files in PGDATA; the backup itself does not change.",
+    )
+
+
+def _read_settings(cluster: Cluster, binaries: Binaries, arguments: Sequence[str]) -> str | None:
+    """Return what PostgreSQL complains about, or None if all its settings are right."""
+    done = subprocess.run(
+        [binaries.postgres, "-D", cluster.data_dir, *arguments, "-C", "data_directory"],
+        cwd="/",
+        env={**cluster.owner.environment(), "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        **cluster.owner.popen_identity(),
+    )
+    if done.returncode == 0:
+        return None
+    lines = os.fsdecode(done.stderr).strip().splitlines()
+    marker = re.compile(r"^.*?\b(LOG|ERROR|FATAL|PANIC|HINT|DETAIL): +")
+    cleaned = [marker.sub("", line).strip() for line in lines]
+    return "; ".join(line for line in cleaned if line) or f"exit {done.returncode}"
