@@ -12,12 +12,16 @@ Every process that a test starts inherits ``PBKFS_TEST_SESSION``, by which the l
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from machine import (
@@ -31,6 +35,8 @@ from machine import (
     postgres_root,
     session_directory,
 )
+
+_LOCK = pytest.StashKey[BinaryIO | None]()
 
 pytest_plugins = sorted(path.stem for path in TESTS.glob("fix_*.py"))
 
@@ -197,12 +203,58 @@ def pytest_configure(config: pytest.Config) -> None:
     place = session_directory()
     place.mkdir(mode=0o755, exist_ok=True)
     place.chmod(0o755)  # whatever the umask: servers run as another user than root
+    config.stash[_LOCK] = _take_lock(place)
+    _remove_old_sessions(place)
     if config.option.basetemp is None:
         config.option.basetemp = str(place / "pytest")
     config.pluginmanager.register(LeftBehind(token), "pbkfs-left-behind")
 
 
-# --- places -----------------------------------------------------------------------------------
+def _take_lock(place: Path) -> BinaryIO | None:
+    """Mark a session's directory as in use for as long as the file is open; None: it is already."""
+    file = (place / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _remove_old_sessions(place: Path) -> None:
+    """What a session kept because a test failed goes when the next one starts."""
+    for other in place.parent.glob("pbkfs-test-*"):
+        try:
+            if other == place or other.stat().st_uid != os.geteuid():
+                continue
+            lock = _take_lock(other)
+        except OSError:
+            continue  # not ours to judge, or gone meanwhile
+        if lock is not None:
+            if not any(point.startswith(f"{other}/") for point in _mounts()):
+                shutil.rmtree(other, ignore_errors=True)
+            lock.close()
+
+
+# --- the log and the places ---------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _log_is_quiet(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> Iterator[None]:
+    """Nothing of ours logs a warning or an error in this process, unless the test expects it."""
+    yield
+    expected = [re.compile(mark.args[0]) for mark in request.node.iter_markers("expect_log")]
+    unexpected = [
+        record.getMessage()
+        for when in ("setup", "call")
+        for record in caplog.get_records(when)
+        if record.name.partition(".")[0] == "pbkfs"
+        and record.levelno >= logging.WARNING
+        and not any(pattern.search(record.getMessage()) for pattern in expected)
+    ]
+    assert not unexpected, "unexpected in the log"
 
 
 @pytest.fixture
