@@ -1,0 +1,1 @@
+"""Immutable layers and one writable diff, seen as one tree of files."""
