@@ -1,7 +1,7 @@
 """A pg_probackup chain as a base: FULL and its increments, composed without reading a page.
 
-Opening costs one pass over the file lists. Called by ``mount`` and ``overlay`` through the interface of
-``backup.base``; belongs to one thread.
+Opening costs one pass over the file lists. Called by ``mount`` and ``overlay`` through the
+interface of ``backup.base``; belongs to one thread.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class ProbackupBase(Base):
     # -- what a user wants to know ------------------------------------------------------------
 
     def external_directories(self) -> list[tuple[int, str, int]]:
-        """External directories of the backup: (number, original path, files). They are not shown."""
+        """External directories of the backup, which are not shown: (number, path, n_files)."""
         layer = self._layers[0]
         paths = sorted(self._newest.control.external_dirs, key=os.fsencode)
         return [

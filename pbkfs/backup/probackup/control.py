@@ -14,7 +14,10 @@ from pbkfs.pgdata import parse_lsn
 
 ID_DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MODES = ("FULL", "PAGE", "PTRACK", "DELTA")
-STATUSES = frozenset(["OK", "DONE", "CORRUPT", "ORPHAN", "RUNNING", "ERROR", "MERGING", "MERGED", "DELETING", "DELETED"])
+STATUSES = frozenset(
+    {"OK", "DONE", "CORRUPT", "ORPHAN", "RUNNING", "ERROR"}
+    | {"MERGING", "MERGED", "DELETING", "DELETED"}
+)
 
 Version = tuple[int, int, int]
 

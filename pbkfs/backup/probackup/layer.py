@@ -1,9 +1,9 @@
 """One opened member of a chain: its directory, its file list, its header map.
 
-A layer keeps, per file of the *destination* backup, one byte of state and eight bytes of offset into
-its list; names that the destination does not have are dropped at once, since only the
-destination's list says which files exist. Used by ``tree`` and ``composition``; belongs to one
-thread.
+A layer keeps, per file of the *destination* backup, one byte of state and eight bytes of offset
+into its list; names that the destination does not have are dropped at once, since only the
+destination's list says which files exist. Used by ``composition`` and ``probackup.base``; belongs
+to one thread.
 """
 
 from __future__ import annotations
