@@ -65,8 +65,8 @@ began=$(date +%s)
 work=$(mktemp -d "${TMPDIR:-/tmp}/pbkfs-demo.XXXXXX")
 chmod 755 "$work"
 cd "$work"
-mkdir source backup mnt
-if [ "$(id -u)" = 0 ]; then chown "$user" source backup; fi
+mkdir source socket backup mnt
+if [ "$(id -u)" = 0 ]; then chown "$user" source socket backup; fi
 
 clean_up() {
     status=$?
@@ -101,12 +101,12 @@ title "1. A cluster, and a backup of it"
 note "$(postgres --version), run by $user; everything is below $work"
 as_user initdb -D source -U postgres -A trust --no-sync --locale=C -E UTF8 >/dev/null
 as_user pg_ctl -w -D source -l source/server.log \
-    -o "-k $work/source -c listen_addresses= -c fsync=off" start >/dev/null
-as_user pgbench -h "$work/source" -U postgres -q -i -s 10 postgres >/dev/null 2>&1
+    -o "-k $work/socket -c listen_addresses= -c fsync=off" start >/dev/null
+as_user pgbench -h "$work/socket" -U postgres -q -i -s 10 postgres >/dev/null 2>&1
 printf '%s$ pg_basebackup -D backup%s\n' "$bold" "$plain"
-as_user pg_basebackup -h "$work/source" -U postgres -D backup -c fast --no-sync
+as_user pg_basebackup -h "$work/socket" -U postgres -D backup -c fast --no-sync
 as_user pg_ctl -D source -m fast stop >/dev/null
-rm -rf source
+rm -rf source socket
 before=$(sum_of backup)
 note "the backup has $(size_of backup); sha256 over all of its files: $before"
 note "the cluster itself is gone now: the backup is all there is"
