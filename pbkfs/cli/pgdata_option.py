@@ -1,4 +1,4 @@
-"""The options that start, stop and status share: which PGDATA, and as whom to connect."""
+"""What start, stop and status share: which PGDATA, its diff and archive, as whom to connect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from pbkfs.errors import PbkfsError
+from pbkfs.mount.binding import read_binding
 from pbkfs.mount.mounts import our_mounts, resolve
 from pbkfs.postgres.cluster import Cluster, open_cluster
 
@@ -22,6 +24,8 @@ def pgdata_option(function: Function) -> Function:
         "--mnt-path",
         "pgdata",
         required=True,
+        envvar="PBKFS_PGDATA",
+        metavar="DIR",
         type=click.Path(path_type=Path),
         help="The mount point, or any other PGDATA.",
     )(function)
@@ -52,3 +56,20 @@ def cluster_at(pgdata: Path) -> Cluster:
     """Return the PGDATA at ``pgdata``; knows the diff where it lies on a mount."""
     data_dir = resolve(pgdata)
     return open_cluster(data_dir, diff_of(data_dir))
+
+
+def archive_of(cluster: Cluster) -> Path | None:
+    """Return the WAL archive of the store from which ``cluster`` is mounted, or None.
+
+    Only a store of backups has one; for other bases the user has to name it. The store's place is
+    in the binding of the diff, which only the worker's user may read.
+    """
+    if cluster.diff is None:
+        return None
+    try:
+        binding = read_binding(cluster.diff)
+    except (OSError, PbkfsError):
+        return None
+    if binding is None or binding.base.store is None or binding.base.instance is None:
+        return None
+    return Path(binding.base.store) / "wal" / binding.base.instance

@@ -10,14 +10,13 @@ from pathlib import Path
 import click
 
 from pbkfs.cli.output import echo_json, format_option
-from pbkfs.cli.pgdata_option import cluster_at, pgdata_option, user_option
+from pbkfs.cli.pgdata_option import archive_of, cluster_at, pgdata_option, user_option
 from pbkfs.errors import UsageError
 from pbkfs.postgres.launch import Reporter, Started, StartOptions
 from pbkfs.postgres.network import split_addresses
 from pbkfs.postgres.recovery import ACTIONS, parse_target
 from pbkfs.postgres.running import exec_psql
 from pbkfs.postgres.server import start
-from pbkfs.postgres.source import archive_of
 
 _PROGRESS_S = 5.0
 

@@ -159,6 +159,19 @@ def check_reachable(account: Account, path: Path, what: str, need: int = os.R_OK
         )
 
 
+def write_for(account: Account, path: Path, data: bytes) -> None:
+    """Write ``path`` anew, 0600, owned by ``account``. Raises HostError."""
+    try:
+        path.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+            file.write(data)
+            if os.geteuid() == 0:
+                os.fchown(file.fileno(), account.uid, account.gid)
+    except OSError as error:
+        raise HostError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name

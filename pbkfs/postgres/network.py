@@ -155,7 +155,7 @@ def remove_run_directory(data_dir: Path, account: Account) -> None:
     try:
         _check_private(path, account)
         for entry in os.listdir(path):
-            if entry.startswith(".s.PGSQL.") or entry == "pg_hba.conf":
+            if entry.startswith(".s.PGSQL.") or entry in ("pg_hba.conf", "wal_file.py"):
                 (path / entry).unlink()
         path.rmdir()
         path.parent.rmdir()

@@ -2,7 +2,7 @@
 
 A recovery that was begun is recorded in ``recovery.signal`` itself, of which PostgreSQL reads only
 the name: so it travels with PGDATA, and is gone exactly when PostgreSQL has finished. Called by the
-command line; ``check_restore_command`` runs a short child process.
+command line; ``make_restore_command`` runs short child processes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pbkfs
 from pbkfs.errors import HostError, PostgresError, UsageError
+from pbkfs.postgres import wal_file
+from pbkfs.postgres.account import find_obstacle, write_for
 from pbkfs.postgres.cluster import Cluster
 
 SIGNAL = "recovery.signal"
@@ -194,52 +196,65 @@ def plan_recovery(
 # --- restore_command --------------------------------------------------------------------------
 
 
-def restore_command(archive: Path | None, *, with_path: bool = False) -> str:
-    """Return PostgreSQL's restore_command that fetches from ``archive`` with our ``wal-get``.
+def make_restore_command(cluster: Cluster, archive: Path | None, run_dir: Path) -> str:
+    """Return the restore_command that fetches from ``archive``, tried as the server's user.
 
-    ``with_path`` names the package's place, for an interpreter that does not know it.
+    It runs ``wal_file`` alone: without click, and where the server's user cannot reach our
+    interpreter or package (a checkout below /root), a copy in ``run_dir`` with the system's one.
+    Raises HostError if that user cannot read the archive.
     """
     if archive is None:
         return "false"
-    return " ".join(map(_quote, _wal_get(archive, with_path=with_path))) + " %f %p"
+    said = "no Python that this user can run"
+    for program in _programs(cluster, run_dir):
+        # -I: the working directory is PGDATA, and no module is to be found there; -S: quicker.
+        command = [*program[:1], "-I", "-S", *program[1:], "--archive", str(archive)]
+        problem = _try_as_server(cluster, [*command, "--check"])
+        if problem is None:
+            return " ".join(map(_quote, command)) + " %f %p"
+        said = problem
+    raise HostError(
+        f"{cluster.owner.name} cannot fetch WAL from {archive}: {said}",
+        hint=f"The server runs restore_command as {cluster.owner.name}: let that user read "
+        f"{archive}, or mount with --owner as a user who can.",
+    )
 
 
-def _wal_get(archive: Path, *, with_path: bool) -> list[str]:
-    root = str(Path(pbkfs.__file__).resolve().parent.parent)
-    # -P: the server's working directory is PGDATA, and no module is to be found there.
-    command = [sys.executable, "-P", "-m", "pbkfs.cli.wal_get", "--archive", str(archive)]
-    return ["env", f"PYTHONPATH={root}", *command] if with_path else command
+def _programs(cluster: Cluster, run_dir: Path) -> Iterator[tuple[str, str]]:
+    """Yield (interpreter, script) pairs which the server's user may run, best first."""
+    script = Path(wal_file.__file__).resolve()
+    interpreters = [sys.executable, os.path.realpath(sys.executable)]
+    system = shutil.which("python3", path=os.defpath)
+    interpreters += [system] if system else []
+    usable = [
+        name
+        for name in dict.fromkeys(interpreters)
+        if find_obstacle(cluster.owner, Path(name), os.X_OK) is None
+    ]
+    if find_obstacle(cluster.owner, script, os.R_OK) is not None:
+        copy = run_dir / "wal_file.py"
+        write_for(cluster.owner, copy, script.read_bytes())
+        script = copy
+    for name in usable:
+        yield name, str(script)
+
+
+def _try_as_server(cluster: Cluster, command: list[str]) -> str | None:
+    done = subprocess.run(
+        command,
+        cwd="/",
+        env=cluster.owner.environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        **cluster.owner.popen_identity(),
+    )
+    if done.returncode == 0:
+        return None
+    said = (os.fsdecode(done.stderr).strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    return re.sub(r"^pbkfs: (error: )?", "", said)
 
 
 def _quote(word: str) -> str:
     # Source: src/common/percentrepl.c: %% is a per cent sign.
     return shlex.quote(word).replace("%", "%%")
-
-
-def check_restore_command(cluster: Cluster, archive: Path | None) -> str:
-    """Return the restore_command after trying it as the server's user, as the server will run it.
-
-    Raises HostError if that user cannot run it or cannot read the archive.
-    """
-    if archive is None:
-        return restore_command(None)
-    said = ""
-    for with_path in (False, True):
-        done = subprocess.run(
-            [*_wal_get(archive, with_path=with_path), "--check"],
-            cwd="/",
-            env=cluster.owner.environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            **cluster.owner.popen_identity(),
-        )
-        if done.returncode == 0:
-            return restore_command(archive, with_path=with_path)
-        said = (os.fsdecode(done.stderr).strip().splitlines() or [f"exit {done.returncode}"])[0]
-        said = re.sub(r"^pbkfs\S*: (error: )?", "", said)
-    raise HostError(
-        f"{cluster.owner.name} cannot fetch WAL from {archive}: {said}",
-        hint=f"The server runs restore_command as {cluster.owner.name}: let that user read "
-        f"{archive} and run {sys.executable}, or mount with --owner as a user who can.",
-    )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pbkfs.errors import BusyError, HostError, PostgresError, UsageError
-from pbkfs.postgres.account import check_can_serve, check_reachable, find_obstacle
+from pbkfs.postgres.account import check_can_serve, check_reachable, find_obstacle, write_for
 from pbkfs.postgres.binaries import Binaries, find_binaries
 from pbkfs.postgres.cluster import Cluster, check_permissions, read_control
 from pbkfs.postgres.configuration import Configuration, read_configuration
@@ -34,7 +34,7 @@ from pbkfs.postgres.network import (
     make_run_directory,
 )
 from pbkfs.postgres.postmaster import find_postmaster, find_survivors, pid_is_used, read_pid_file
-from pbkfs.postgres.recovery import SIGNAL, Recovery, check_restore_command, plan_recovery
+from pbkfs.postgres.recovery import SIGNAL, Recovery, make_restore_command, plan_recovery
 from pbkfs.postgres.safe_start import FALLBACKS, SafeStart, plan_safe_start
 
 _PORT_TRIES = 5
@@ -52,9 +52,9 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
     _check_places(cluster, binaries)
     control = read_control(cluster, binaries)
     recovery = plan_recovery(cluster, options.target, options.archive)
-    command = check_restore_command(cluster, recovery.archive) if recovery else ""
     configuration = read_configuration(cluster.data_dir)
     place = _choose_place(cluster, options)
+    command = make_restore_command(cluster, recovery.archive, place.socket_dir) if recovery else ""
     log = open_log(cluster, options.log, place.socket_dir)
     try:
         plan = plan_safe_start(
@@ -185,15 +185,7 @@ def _write_trusting_hba(cluster: Cluster) -> Path:
     if not re.search(r"(?m)^\s*include|[\s,]@|^@", kept):
         text += kept
     path = directory / "pg_hba.conf"
-    try:
-        path.unlink(missing_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-            if os.geteuid() == 0:
-                os.fchown(fd, cluster.owner.uid, cluster.owner.gid)
-    except OSError as error:
-        raise HostError(f"cannot write {path}: {error.strerror}") from error
+    write_for(cluster.owner, path, text.encode("utf-8", "surrogateescape"))
     return path
 
 

@@ -1,16 +1,29 @@
 """One WAL file out of an archive directory: raw, compressed or partial, whole or not at all.
 
 The archive is pg_probackup's ``wal/INSTANCE`` or any directory that an archive_command copies to.
-Runs once a segment in a process of its own, so it imports only the standard library and that late.
+This file is itself the program of restore_command, run once a segment: so it imports nothing of
+ours and little else. ``pbkfs wal-get`` is the same for the command line.
+
+Exit codes are the contract of restore_command: 0 is done, 1 is not there, and above 125 recovery
+stops. A damaged segment or an archive that cannot be read is the latter: taken for the end of the
+archive, it would end recovery early and silently.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import BinaryIO
+
+NOT_THERE = 1
+STOP_RECOVERY = 255
 
 _SEGMENT = re.compile(r"[0-9A-F]{24}")
 _FILE = re.compile(
@@ -23,6 +36,7 @@ _MAX_SEGMENT_BYTES = 1 << 30
 # header of 24 bytes and the system identifier; XLP_LONG_HEADER in xlp_info.
 _LONG_HEADER_FLAG = 0x0002
 _SEGMENT_SIZE_AT = 32
+_HEAD_BYTES = 40
 
 
 class ArchiveError(Exception):
@@ -60,74 +74,108 @@ def fetch(archive: str, name: str, destination: str) -> bool:
             continue
         except OSError as error:
             raise ArchiveError(f"{source}: {error.strerror}") from error
-        is_segment = _SEGMENT.fullmatch(name) is not None
-        is_partial = ".partial" in suffix
-        _copy(fd, source, destination, ".gz" in suffix, is_segment, is_partial)
+        _copy(fd, source, destination, suffix, is_segment=_SEGMENT.fullmatch(name) is not None)
         return True
     return False
 
 
-def _copy(
-    fd: int, source: str, destination: str, is_compressed: bool, is_segment: bool, is_partial: bool
-) -> None:
+def _copy(fd: int, source: str, destination: str, suffix: str, *, is_segment: bool) -> None:
+    """Unpack ``source`` to a temporary name beside ``destination``, check it, and rename it."""
     temporary = f"{destination}.pbkfs"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    is_partial = suffix.endswith(".partial")
     try:
         with os.fdopen(fd, "rb") as raw:
-            target = os.open(
-                temporary,
-                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC,
-                0o600,
-            )
+            target = os.open(temporary, flags, 0o600)
             try:
-                if is_compressed:
-                    import gzip
-
-                    with gzip.GzipFile(fileobj=raw) as stream:
-                        head, n_bytes = _pump(stream.read, target)
+                if suffix.startswith(".gz"):
+                    head, n_bytes = _unpack(raw, target, source, is_partial=is_partial)
                 else:
                     head, n_bytes = _pump(raw.read, target)
                 if is_segment:
-                    _check_segment(target, source, head, n_bytes, is_partial)
+                    size = _segment_size(source, head)
+                    if n_bytes > size or (n_bytes < size and not is_partial):
+                        raise ArchiveError(f"{source} has {n_bytes} bytes, a segment has {size}")
+                    os.ftruncate(target, size)
             finally:
                 os.close(target)
         os.rename(temporary, destination)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
+    except OSError as error:
+        raise ArchiveError(f"cannot fetch {source}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, (OSError, EOFError)) or type(error).__name__ == "error":
-            # zlib.error: not imported for its name alone.
-            said = getattr(error, "strerror", None) or error
-            raise ArchiveError(f"cannot fetch {source}: {said}") from error
-        raise
+
+
+def _unpack(raw: BinaryIO, target: int, source: str, *, is_partial: bool) -> tuple[bytes, int]:
+    import gzip
+    import zlib
+
+    ends: list[str] = []
+    with gzip.GzipFile(fileobj=raw) as stream:
+
+        def read(n_bytes: int) -> bytes:
+            # Not read: it gives nothing of a piece in which the stream breaks off.
+            try:
+                return stream.read1(n_bytes)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                ends.append(str(error))
+                return b""
+
+        copied = _pump(read, target)
+    # The writer of a partial segment died in the middle: what came before is good.
+    if ends and not is_partial:
+        raise ArchiveError(f"{source} is damaged: {ends[0]}")
+    return copied
 
 
 def _pump(read: Callable[[int], bytes], target: int) -> tuple[bytes, int]:
     """Copy everything; returns the first bytes and the number of bytes."""
     head, n_bytes = b"", 0
     while chunk := read(_COPY_BYTES):
-        if n_bytes == 0:
-            head = chunk[:40]
+        head += chunk[: _HEAD_BYTES - len(head)]
         n_bytes += len(chunk)
         if n_bytes > _MAX_SEGMENT_BYTES:
-            raise OSError(0, "larger than the largest WAL segment")
+            raise OSError(errno.EFBIG, "larger than the largest WAL segment")
         view = memoryview(chunk)
         while view:
             view = view[os.write(target, view) :]
     return head, n_bytes
 
 
-def _check_segment(target: int, source: str, head: bytes, n_bytes: int, is_partial: bool) -> None:
-    """Bring a segment to its full size, which its own first page says. Raises ArchiveError."""
+def _segment_size(source: str, head: bytes) -> int:
+    """Return the size that the first page of a segment says. Raises ArchiveError."""
     size = int.from_bytes(head[_SEGMENT_SIZE_AT : _SEGMENT_SIZE_AT + 4], sys.byteorder)
     info = int.from_bytes(head[2:4], sys.byteorder)
-    is_sane = (
-        len(head) == 40
-        and info & _LONG_HEADER_FLAG
-        and _MIN_SEGMENT_BYTES <= size <= _MAX_SEGMENT_BYTES
-        and size & (size - 1) == 0
-    )
-    if not is_sane:
+    is_possible = _MIN_SEGMENT_BYTES <= size <= _MAX_SEGMENT_BYTES and size & (size - 1) == 0
+    if len(head) < _HEAD_BYTES or not info & _LONG_HEADER_FLAG or not is_possible:
         raise ArchiveError(f"{source} is not a WAL segment: its first page has no valid header")
-    if n_bytes > size or (n_bytes < size and not is_partial):
-        raise ArchiveError(f"{source} has {n_bytes} bytes, and a segment has {size}")
-    os.ftruncate(target, size)
+    return size
+
+
+def run(archive: str, name: str, destination: str) -> int:
+    """Fetch ``name`` and return the exit code."""
+    try:
+        return 0 if fetch(archive, name, destination) else NOT_THERE
+    except ArchiveError as error:
+        print(f"pbkfs: error: {error}", file=sys.stderr)
+        return STOP_RECOVERY
+
+
+def main(arguments: list[str]) -> int:
+    """Serve ``--archive DIR NAME DEST``, and ``--archive DIR --check`` before that."""
+    try:
+        if arguments[:1] == ["--archive"] and arguments[2:] == ["--check"]:
+            check_archive(arguments[1])
+            return 0
+    except ArchiveError as error:
+        print(f"pbkfs: error: {error}", file=sys.stderr)
+        return STOP_RECOVERY
+    if arguments[:1] == ["--archive"] and len(arguments) == 4:
+        return run(*arguments[1:])
+    print("pbkfs: error: usage: --archive DIR NAME DEST", file=sys.stderr)
+    return STOP_RECOVERY
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
