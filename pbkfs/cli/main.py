@@ -121,9 +121,9 @@ def run(arguments: list[str]) -> int:
         hint = f"'{ctx.command_path} --help' shows what is possible." if ctx else None
         _report(_plain(error.format_message()), hint)
         return 2
-    except BrokenPipeError:
-        # The reader of our output is gone (``pbkfs list | head -1``). The interpreter must not
-        # try to flush what is left.
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output is gone (``pbkfs list | head -1``); only then does click exit by
+        # itself here. The interpreter must not try to flush what is left. 141 is a shell's 128 + 13.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:

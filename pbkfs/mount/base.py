@@ -9,10 +9,39 @@ import os
 from pathlib import Path
 
 from pbkfs.backup.base import Base
-from pbkfs.errors import NotFoundError, UsageError
-from pbkfs.mount.binding import BaseAddress
+from pbkfs.errors import DiffError, NotFoundError, UsageError
+from pbkfs.mount.binding import BaseAddress, Binding
 from pbkfs.mount.mounts import resolve
 from pbkfs.mount.request import MountRequest
+
+
+def choose_address(
+    request: MountRequest, diff: Path, bound: Binding | None, *, is_reused: bool
+) -> BaseAddress:
+    """Return the base to mount: from the options, or from the binding, with which they must agree.
+
+    Raises UsageError where neither says enough, DiffError where they differ (``--force`` accepts
+    another path of a store or directory; the superblock's identity still has to match).
+    """
+    if bound is None:
+        if not request.names_base():
+            raise UsageError(
+                f"no base is given for {'diff' if is_reused else 'the new diff'} {diff}",
+                hint="Name one: -B STORE -I INSTANCE -i BACKUP, --base DIRECTORY, or --empty.",
+            )
+        return resolve_address(request)
+    was = bound.base
+    if not request.names_base():
+        return was
+    asked = resolve_address(request, was)
+    same = asked.kind == was.kind and asked.instance == was.instance
+    same = same and (asked.backup_id or "").upper() == (was.backup_id or "").upper()
+    if not same or ((asked.store, asked.path) != (was.store, was.path) and not request.force):
+        raise DiffError(
+            f"diff {diff} belongs to {was}, not to {asked}",
+            hint="Use another diff for another base; leave the base's options out to use this one.",
+        )
+    return asked
 
 
 def resolve_address(request: MountRequest, bound: BaseAddress | None = None) -> BaseAddress:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pbkfs.backup.base import Base
-from pbkfs.errors import DiffError, HostError, PbkfsError, UsageError
+from pbkfs.errors import HostError, PbkfsError
 from pbkfs.mount import lock, wipe
-from pbkfs.mount.base import open_base, resolve_address
+from pbkfs.mount.base import choose_address, open_base
 from pbkfs.mount.binding import BaseAddress, Binding, read_binding
 from pbkfs.mount.lock import DiffLock
 from pbkfs.mount.request import (
@@ -32,7 +32,7 @@ from pbkfs.mount.request import (
     choose_owner,
     reason,
 )
-from pbkfs.overlay.diff import Diff
+from pbkfs.overlay.diff import Diff, open_layers
 from pbkfs.overlay.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -122,12 +122,11 @@ def open_mount(request: MountRequest) -> OpenMount:
         elif diff_lock.is_new:
             undo.callback((diff_path / lock.NAME).unlink)
         with host_errors(diff_path):
-            diff = Diff.create(diff_path, base) if is_new else Diff.open(diff_path, base)
+            diff = Diff.open(diff_path, base)
             undo.callback(diff.close)
-            sealed = []
-            for layer in diff.superblock.layers:
-                sealed.append(Diff.sealed(Path(layer.path)))
-                undo.callback(sealed[-1].close)
+            sealed = open_layers(diff)
+            for layer in sealed:
+                undo.callback(layer.close)
             log_pipe, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.callback(os.close, log_pipe)
             tree = Tree(
@@ -157,35 +156,6 @@ def open_mount(request: MountRequest) -> OpenMount:
         warnings=warnings,
         made=made,
     )
-
-
-def choose_address(
-    request: MountRequest, diff: Path, bound: Binding | None, *, is_reused: bool
-) -> BaseAddress:
-    """Return the base to mount: from the options, or from the binding, with which they must agree.
-
-    Raises UsageError where neither says enough, DiffError where they differ (``--force`` accepts
-    another path of a store or directory; the superblock's identity still has to match).
-    """
-    if bound is None:
-        if not request.names_base():
-            raise UsageError(
-                f"no base is given for {'diff' if is_reused else 'the new diff'} {diff}",
-                hint="Name one: -B STORE -I INSTANCE -i BACKUP, --base DIRECTORY, or --empty.",
-            )
-        return resolve_address(request)
-    was = bound.base
-    if not request.names_base():
-        return was
-    asked = resolve_address(request, was)
-    same = asked.kind == was.kind and asked.instance == was.instance
-    same = same and (asked.backup_id or "").upper() == (was.backup_id or "").upper()
-    if not same or ((asked.store, asked.path) != (was.store, was.path) and not request.force):
-        raise DiffError(
-            f"diff {diff} belongs to {was}, not to {asked}",
-            hint="Use another diff for another base; leave the base's options out to use this one.",
-        )
-    return asked
 
 
 def now() -> str:
@@ -219,8 +189,11 @@ def _make_directories(diff: Path) -> list[Path]:
         path = path.parent
     try:
         for path in reversed(missing):
-            path.mkdir(mode=0o711 if path == diff else 0o755)
+            path.mkdir(mode=0o755)
             made.insert(0, path)
+            if path == diff:
+                # Whatever the umask: the server's user has to get to pg_wal.
+                path.chmod(0o711)
     except OSError:
         wipe.remove_made(made)
         raise
@@ -241,7 +214,7 @@ def _check_reach(
         )
         return warnings
     for name, path in (("mount point", mountpoint), ("diff", diff)):
-        blocked = _first_closed(path, owner)
+        blocked = _first_closed(path, owner, is_included=path == diff)
         if blocked is not None:
             warnings.append(
                 (
@@ -252,9 +225,12 @@ def _check_reach(
     return warnings
 
 
-def _first_closed(path: Path, owner: tuple[int, int]) -> Path | None:
-    """Return the first parent of ``path`` whose mode bits (no ACLs) stop ``owner``."""
-    for parent in reversed(path.parents):
+def _first_closed(path: Path, owner: tuple[int, int], *, is_included: bool) -> Path | None:
+    """Return the first directory on the way to ``path`` whose mode bits (no ACLs) stop ``owner``.
+
+    ``is_included`` also looks at ``path`` itself, if it exists.
+    """
+    for parent in (*reversed(path.parents), *([path] if is_included else [])):
         try:
             found = os.stat(parent)
         except OSError:

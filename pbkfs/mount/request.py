@@ -16,7 +16,6 @@ from pbkfs import log
 from pbkfs.errors import BusyError, DiffError, HostError, NotFoundError, UsageError
 from pbkfs.mount import mounts
 from pbkfs.mount.binding import BaseAddress
-from pbkfs.mount.lock import NAME as LOCK_NAME
 from pbkfs.mount.mounts import MountEntry
 
 SUPERBLOCK = "superblock.json"
@@ -138,8 +137,11 @@ def check_mountpoint(path: Path, diff: Path) -> MountPlace:
 def check_diff(path: Path) -> tuple[Path, bool]:
     """Return the diff's real path and whether a diff is there already. Raises DiffError, HostError.
 
-    An empty directory, or one with nothing but a lock, is taken as the place of a new diff.
+    An empty directory, or one in which the making of a diff was cut short, is the place of a new
+    one.
     """
+    from pbkfs.overlay.diff import is_free_place
+
     path = mounts.resolve(path)
     try:
         names = set(os.listdir(path))
@@ -158,7 +160,7 @@ def check_diff(path: Path) -> tuple[Path, bool]:
         ) from error
     if SUPERBLOCK in names:
         is_reused = True
-    elif names <= {LOCK_NAME, "lost+found"}:
+    elif is_free_place(path):
         is_reused = False
     else:
         raise DiffError(
