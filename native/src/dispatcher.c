@@ -2,6 +2,7 @@
  * The dispatcher's life: made, started, stopped, freed, each by one thread at a time; and what its threads share: answers
  * to the kernel, the log, the counters.
  */
+#define _GNU_SOURCE
 #include "dispatcher_internal.h"
 
 #include <errno.h>

@@ -1,7 +1,8 @@
 /*
- * The requests that are answered without Python: data, and the attributes of files that have an object. Called by readers
- * and, for what had to wait, by pool threads; each with its own worker.
+ * The requests that are answered without Python: data, and the handles of files that are registered. Called by readers and,
+ * for what had to wait, by pool threads; each with its own worker.
  */
+#define _GNU_SOURCE
 #include "dispatcher_internal.h"
 
 #include <errno.h>
@@ -128,7 +129,6 @@ static void reply_attributes(struct pbk_dispatcher *d, uint64_t unique, uint64_t
 {
     struct fuse_attr_out out;
     memset(&out, 0, sizeof out);
-    out.attr_valid = PBK_FUSE_VALID_S;
     out.attr.ino = ino;
     out.attr.size = (uint64_t)st->st_size;
     out.attr.blocks = (uint64_t)st->st_blocks;
@@ -147,46 +147,29 @@ static void reply_attributes(struct pbk_dispatcher *d, uint64_t unique, uint64_t
     pbk_reply(d, unique, 0, &out, sizeof out);
 }
 
-/* The size that is answered here may be older than the kernel's, which keeps its own while it has dirty pages and ignores
- * ours for a regular file. Source: fuse_get_cache_mask(). */
-static bool get_attributes(struct pbk_dispatcher *d, const struct fuse_in_header *header)
-{
-    struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
-    if (!node)
-        return false;
-    struct stat st;
-    int error = pbk_node_stat(node, &st);
-    pbk_node_put(node);
-    if (error == PBK_NO_OBJECT)
-        return false;
-    if (error)
-        pbk_reply(d, header->unique, error, NULL, 0);
-    else
-        reply_attributes(d, header->unique, header->nodeid, &st);
-    return true;
-}
-
-/* Only times: with the write-back cache the kernel keeps mtime itself and sends it once in a while for every written file.
- * Whatever else changes an attribute is seldom, and Python's. */
-static bool set_attributes(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
-                           size_t length)
+/*
+ * The time of the last write: with the write-back cache the kernel keeps it itself and sends it once in a while for every
+ * written file, last before each FSYNC. It ignores the answer then (fuse_flush_times()). Anything else about attributes is
+ * seldom, and Python's, because a node knows neither the number of a file's names nor what is said of its blocks; so what is
+ * answered here is not valid for any time.
+ */
+static bool set_mtime(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
+                      size_t length)
 {
     struct fuse_setattr_in in;
-    if (!PARSE(in, body, length))
-        return false;
-    uint32_t what = in.valid & ~(uint32_t)(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME);
-    if (what & ~(uint32_t)(FATTR_ATIME | FATTR_MTIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW))
+    if (!PARSE(in, body, length) || !(in.valid & FATTR_MTIME) ||
+        in.valid & ~(uint32_t)(FATTR_MTIME | FATTR_MTIME_NOW | FATTR_CTIME | FATTR_FH | FATTR_LOCKOWNER))
         return false;
     struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
     if (!node)
         return false;
     /* The kernel sends the time also where it says "now"; its value is the one it keeps. */
     struct timespec times[2] = {
-        {.tv_sec = (time_t)in.atime, .tv_nsec = what & FATTR_ATIME ? (long)in.atimensec : UTIME_OMIT},
-        {.tv_sec = (time_t)in.mtime, .tv_nsec = what & FATTR_MTIME ? (long)in.mtimensec : UTIME_OMIT},
+        {.tv_nsec = UTIME_OMIT},
+        {.tv_sec = (time_t)in.mtime, .tv_nsec = (long)in.mtimensec},
     };
     struct stat st;
-    int error = what & (FATTR_ATIME | FATTR_MTIME) ? pbk_node_utimens(node, times) : 0;
+    int error = pbk_node_utimens(node, times);
     if (!error)
         error = pbk_node_stat(node, &st);
     pbk_node_put(node);
@@ -250,10 +233,8 @@ bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *head
     case FUSE_FALLOCATE:
         fallocate_file(worker, header, body, length, may_park);
         return true;
-    case FUSE_GETATTR:
-        return get_attributes(d, header);
     case FUSE_SETATTR:
-        return set_attributes(d, header, body, length);
+        return set_mtime(d, header, body, length);
     case FUSE_OPEN:
         return open_file(d, header);
     case FUSE_RELEASE:
@@ -271,6 +252,7 @@ bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *head
         return true;
     case FUSE_INIT:
     case FUSE_LOOKUP:
+    case FUSE_GETATTR:
     case FUSE_FORGET:
     case FUSE_BATCH_FORGET:
     case FUSE_READLINK:

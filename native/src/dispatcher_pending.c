@@ -1,6 +1,7 @@
 /*
  * What pyfuse3 owes an answer to: requests by their unique number. Readers add, the pump takes.
  */
+#define _GNU_SOURCE
 #include "dispatcher_internal.h"
 
 #include <errno.h>

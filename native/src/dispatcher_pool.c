@@ -2,6 +2,7 @@
  * The pool: what may wait for the disk for long (FSYNC), and requests whose copy-up has ended. Called by readers and the
  * pump (push) and by the pool's own threads.
  */
+#define _GNU_SOURCE
 #include "dispatcher_internal.h"
 
 #include <errno.h>

@@ -3,6 +3,7 @@
  * writes invalidations: the kernel may let such a write wait for a page that a reader has to write back first, so neither a
  * reader nor the pump may do it.
  */
+#define _GNU_SOURCE
 #include "dispatcher_internal.h"
 
 #include <errno.h>

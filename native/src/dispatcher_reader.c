@@ -2,6 +2,7 @@
  * The readers: take one request at a time from the kernel, answer it or pass it on. They wait for the kernel and for the
  * disk, never for Python.
  */
+#define _GNU_SOURCE
 #include "dispatcher_internal.h"
 
 #include <errno.h>

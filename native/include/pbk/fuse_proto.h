@@ -33,9 +33,6 @@
  * max(FUSE_MIN_READ_BUFFER, sizeof(fuse_in_header) + sizeof(fuse_write_in) + max_write) at least. */
 #define PBK_FUSE_BUFFER (PBK_FUSE_MAX_IO + 4096u)
 
-/* How long the kernel may keep names and attributes, in seconds. The mount is the only writer, so for its whole life.
- * pbkfs/fuse/operations.py gives the same for what it answers. */
-#define PBK_FUSE_VALID_S (3650ull * 86400ull)
 
 /* An errno that the kernel takes. Source: fuse_dev_do_write() refuses a reply with error > 0 or <= -512, which would leave
  * the caller waiting for ever. */

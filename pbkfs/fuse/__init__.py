@@ -1,0 +1,1 @@
+"""The kernel's side: mounting, serving a mount, and pyfuse3's operations over the tree."""

@@ -1,0 +1,259 @@
+"""mount(2) and umount(2) of a FUSE file system, as root or through fusermount3.
+
+Called by ``Session`` and, for the mount of a worker that is gone, by ``pbkfs.mount``. Nothing else
+in the program mounts or unmounts. Any thread; unmounting waits until the kernel has written its
+dirty pages back, so the worker itself must not do it on the thread that serves names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+from pbkfs.errors import BusyError, HostError, NotRunningError
+
+logger = logging.getLogger(__name__)
+
+DEVICE = "/dev/fuse"
+HELPER = "fusermount3"
+
+# Source: linux/mount.h, sys/mount.h.
+_MS_NOSUID = 2
+_MS_NODEV = 4
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+
+
+def open_and_mount(mountpoint: Path, *, fsname: str, subtype: str, allow_other: bool) -> int:
+    """Mount on ``mountpoint`` (absolute); returns the fuse descriptor, close-on-exec.
+
+    From here on, whoever touches the mount point waits for an answer on the descriptor. Raises
+    HostError, with nothing mounted.
+    """
+    if os.geteuid() == 0:
+        return _mount_as_root(mountpoint, fsname, subtype, allow_other)
+    return _mount_by_helper(mountpoint, fsname, subtype, allow_other)
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount; the kernel writes its dirty pages back first.
+
+    Raises BusyError while files or working directories are open, NotRunningError if nothing is
+    mounted there, HostError.
+    """
+    _unmount(mountpoint, is_lazy=False)
+
+
+def detach(mountpoint: Path) -> None:
+    """Take the mount away from its place at once; who still has it open keeps it.
+
+    Works on a dead endpoint. Raises as ``unmount``, but for BusyError.
+    """
+    _unmount(mountpoint, is_lazy=True)
+
+
+# --- mount ----------------------------------------------------------------------------------------
+
+
+def _mount_as_root(mountpoint: Path, fsname: str, subtype: str, allow_other: bool) -> int:
+    fd = _open_device()
+    options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    options += ",default_permissions"
+    if allow_other:
+        options += ",allow_other"
+    number = _call(
+        "mount",
+        os.fsencode(fsname),
+        os.fsencode(mountpoint),
+        b"fuse." + os.fsencode(subtype),
+        ctypes.c_ulong(_MS_NOSUID | _MS_NODEV),
+        options.encode(),
+    )
+    if number == 0:
+        return fd
+    os.close(fd)
+    message = f"cannot mount on {mountpoint}: {os.strerror(number).lower()}"
+    match number:
+        case errno.EPERM | errno.EACCES:
+            hint = "Root needs CAP_SYS_ADMIN to mount; a container needs --cap-add SYS_ADMIN."
+        case errno.ENODEV:
+            hint = "This kernel has no FUSE; load it with 'modprobe fuse'."
+        case errno.ENOENT | errno.ENOTDIR:
+            hint = "Make the directory first."
+        case _:
+            hint = "See the kernel's log (dmesg) for more."
+    raise HostError(message, hint=hint)
+
+
+def _open_device() -> int:
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            hint = "Load FUSE with 'modprobe fuse'; a container needs --device /dev/fuse."
+        else:
+            hint = "Give this user access to the device, or run pbkfs as root."
+        reason = os.strerror(error.errno or 0).lower()
+        raise HostError(f"cannot open {DEVICE}: {reason}", hint=hint) from error
+
+
+def _mount_by_helper(mountpoint: Path, fsname: str, subtype: str, allow_other: bool) -> int:
+    if not os.path.exists(DEVICE):
+        os.close(_open_device())  # raises with the reason
+    options = ["nosuid", "nodev", "default_permissions"]
+    options += [f"fsname={_escape(fsname)}", f"subtype={_escape(subtype)}"]
+    if allow_other:
+        options.append("allow_other")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours:
+        with theirs:
+            # Source: libfuse util/fusermount.c: the descriptor comes back over _FUSE_COMMFD.
+            helper = _start_helper(
+                ["-o", ",".join(options), "--", os.fspath(mountpoint)],
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=(theirs.fileno(),),
+            )
+        _, said = helper.communicate()
+        fds: list[int] = []
+        if helper.returncode == 0:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    if fds:
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+    said = _without_prefix(said)
+    if "user_allow_other" in said:
+        hint = "Add a line 'user_allow_other' to /etc/fuse.conf, or mount as root."
+    elif DEVICE in said:
+        hint = "Give this user access to /dev/fuse (mode 0666), or run pbkfs as root."
+    else:
+        hint = "Check that this user owns the mount point and may write to it, or mount as root."
+    raise HostError(
+        f"cannot mount on {mountpoint}: {said or 'fusermount3 gave no reason'}", hint=hint
+    )
+
+
+def _start_helper(
+    args: list[str], *, env: dict[str, str] | None = None, pass_fds: tuple[int, ...] = ()
+) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            [HELPER, *args],
+            env=env,
+            pass_fds=pass_fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise HostError(
+            f"{HELPER} is not installed",
+            hint="Install the package fuse3, or run pbkfs as root.",
+        ) from error
+
+
+def _escape(value: str) -> str:
+    """Escape a value of a comma-separated option. Source: util/fusermount.c, get_string_opt()."""
+    return value.replace("\\", "\\\\").replace(",", "\\,")
+
+
+def _without_prefix(said: str) -> str:
+    lines = said.strip().splitlines()
+    return re.sub(r"^.*?fusermount3: ", "", lines[-1]) if lines else ""
+
+
+# --- unmount --------------------------------------------------------------------------------------
+
+
+def _unmount(mountpoint: Path, *, is_lazy: bool) -> None:
+    if os.geteuid() == 0:
+        number = _call(
+            "umount2",
+            os.fsencode(mountpoint),
+            ctypes.c_int(_UMOUNT_NOFOLLOW | (_MNT_DETACH if is_lazy else 0)),
+        )
+        if number:
+            _raise_unmount(mountpoint, number, os.strerror(number).lower())
+        return
+    helper = _start_helper(["-u", *(["-z"] if is_lazy else []), "--", os.fspath(mountpoint)])
+    _, said = helper.communicate()
+    if helper.returncode != 0:
+        said = _without_prefix(said).lower()
+        if "busy" in said:
+            number = errno.EBUSY
+        elif "not mounted" in said or "not found in" in said or "invalid argument" in said:
+            number = errno.EINVAL
+        else:
+            number = errno.EPERM
+        _raise_unmount(mountpoint, number, said or "fusermount3 gave no reason")
+
+
+def _raise_unmount(mountpoint: Path, number: int, reason: str) -> None:
+    if number == errno.EBUSY:
+        raise BusyError(
+            f"{mountpoint} is in use",
+            hint="Stop what uses it first: a server, a shell whose working directory it is.",
+        )
+    if number in (errno.EINVAL, errno.ENOENT):
+        raise NotRunningError(f"nothing is mounted on {mountpoint}")
+    raise HostError(
+        f"cannot unmount {mountpoint}: {reason}",
+        hint="Run pbkfs as the user who mounted it, or as root.",
+    )
+
+
+def _call(name: str, *args: object) -> int:
+    """Call a function of libc without the interpreter's lock; returns 0 or the errno."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    return ctypes.get_errno() if function(*args) != 0 else 0
+
+
+# --- the kernel's write-back and read-ahead -------------------------------------------------------
+
+
+def tune(mountpoint: Path, settings: dict[str, str]) -> dict[str, str]:
+    """Set what /sys/class/bdi allows for the mount; returns what was set.
+
+    Only root may; without it the kernel's defaults stay, which cost speed and nothing else. Does
+    not touch the mount, which need not answer yet.
+    """
+    device = _find_device(mountpoint)
+    done: dict[str, str] = {}
+    if device is None:
+        return done
+    for name, value in settings.items():
+        path = f"/sys/class/bdi/{device}/{name}"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # not root, no sysfs, or an older kernel
+        with contextlib.closing(os.fdopen(fd, "wb", buffering=0)) as file:
+            try:
+                file.write(value.encode())
+            except OSError as error:
+                logger.info("cannot set %s: %s", path, error.strerror)
+            else:
+                done[name] = value
+    return done
+
+
+def _find_device(mountpoint: Path) -> str | None:
+    """Return major:minor of what is mounted there, from the kernel's list: stat(2) might wait."""
+    wanted = os.fsencode(mountpoint)
+    found = None
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields = line.split(b" ")
+            # Source: proc_pid_mountinfo(5): space, tab, newline and backslash are octal.
+            path = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), fields[4])
+            if path == wanted:
+                found = fields[2].decode("ascii")
+    return found

@@ -1,0 +1,162 @@
+"""A mount being served: the fuse descriptor, the native dispatcher and pyfuse3, and their end.
+
+Owned by the worker. ``mount`` comes after the last fork; ``serve`` is a trio task, and starts the
+native threads. All methods belong to the trio thread but for ``unmount``, ``counters`` and
+``reset_counters``, which any thread may call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyfuse3
+import trio
+
+from pbkfs._native import Dispatcher
+from pbkfs.fuse import mounting
+from pbkfs.fuse.operations import Operations
+
+if TYPE_CHECKING:
+    from pbkfs.overlay.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+# Tasks of pyfuse3: as many as there may be requests that wait in a thread (fsync of directories).
+_MIN_TASKS = 2
+_MAX_TASKS = 64
+
+# Source: fuse_bdi_init() limits a FUSE mount strictly to 1 % of the dirty pages.
+_BDI_SETTINGS = {"read_ahead_kb": "1024", "strict_limit": "0", "max_ratio": "100"}
+
+
+class Session:
+    """One mount of one tree on ``mountpoint``; ``fsname`` is what the list of mounts shows."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        mountpoint: Path,
+        *,
+        allow_other: bool,
+        fsname: str,
+        subtype: str = "pbkfs",
+    ) -> None:
+        self._tree = tree
+        self._mountpoint = Path(os.path.abspath(mountpoint))
+        self._allow_other = allow_other
+        self._fsname = fsname
+        self._subtype = subtype
+        self._fuse_fd = -1
+        self._dispatcher: Dispatcher | None = None
+        self._is_serving = False
+        self._closed = trio.Event()
+
+    def mount(self) -> None:
+        """Mount; whoever touches the mount point waits until ``serve`` runs.
+
+        Raises HostError with nothing mounted.
+        """
+        self._fuse_fd = mounting.open_and_mount(
+            self._mountpoint,
+            fsname=self._fsname,
+            subtype=self._subtype,
+            allow_other=self._allow_other,
+        )
+        try:
+            done = mounting.tune(self._mountpoint, _BDI_SETTINGS)
+            logger.debug("write-back and read-ahead of %s: %s", self._mountpoint, done or "default")
+            self._dispatcher = Dispatcher(self._tree.nodes, self._fuse_fd)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                mounting.detach(self._mountpoint)
+            self._close_descriptor()
+            raise
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until the mount is gone, ``close`` is called or the task is cancelled.
+
+        Started once the mount point has answered. When it ends otherwise than by an unmount, the
+        mount point stays and answers ENOTCONN: an empty directory must not appear in its place.
+        """
+        dispatcher = self._dispatcher
+        assert dispatcher is not None, "mount comes first"
+        try:
+            # libfuse closes its descriptor at the end, so it gets one of its own.
+            python_fd = os.dup(dispatcher.socket_fd)
+            try:
+                pyfuse3.init(Operations(self._tree), f"/dev/fd/{python_fd}", set())
+            except BaseException:
+                os.close(python_fd)
+                raise
+            try:
+                dispatcher.start()
+                self._is_serving = True
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._wait_gone, dispatcher.event_fd)
+                    nursery.start_soon(self._announce, task_status)
+                    await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
+                    nursery.cancel_scope.cancel()
+            finally:
+                self._is_serving = False
+                dispatcher.stop()
+                pyfuse3.close(unmount=False)
+        finally:
+            self._close_descriptor()
+            self._closed.set()
+
+    async def _announce(self, task_status: trio.TaskStatus[None]) -> None:
+        # An answer of the mount point itself: INIT is through, the threads and pyfuse3 are up.
+        await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        task_status.started()
+
+    async def _wait_gone(self, event_fd: int) -> None:
+        await trio.lowlevel.wait_readable(event_fd)
+        logger.debug("the kernel has let go of %s", self._mountpoint)
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving, whether or not the kernel has let go; ``serve`` then ends on its own.
+
+        For the end of a detached mount that is still in use: its users get ENOTCONN.
+        """
+        if self._is_serving:
+            pyfuse3.terminate()
+
+    async def wait_closed(self) -> None:
+        """Return when serving has ended: no native thread runs, the descriptor is closed."""
+        await self._closed.wait()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether serving has ended."""
+        return self._closed.is_set()
+
+    def unmount(self, *, lazy: bool = False) -> None:
+        """Unmount, or with ``lazy`` detach; then ``serve`` ends.
+
+        Waits until the kernel has written its dirty pages back, which needs the trio thread for
+        copy-ups: call it in another thread while serving. Raises BusyError (not with ``lazy``),
+        NotRunningError, HostError.
+        """
+        if lazy:
+            mounting.detach(self._mountpoint)
+        else:
+            mounting.unmount(self._mountpoint)
+
+    def counters(self) -> dict[str, int]:
+        """Return requests by kind, and the state of the queues."""
+        return self._dispatcher.counters() if self._dispatcher is not None else {}
+
+    def reset_counters(self) -> None:
+        """Set the counters of events to zero."""
+        if self._dispatcher is not None:
+            self._dispatcher.reset_counters()
+
+    def _close_descriptor(self) -> None:
+        if self._fuse_fd >= 0:
+            os.close(self._fuse_fd)
+            self._fuse_fd = -1
