@@ -14,6 +14,7 @@ import os
 import socket
 import time
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal
 
@@ -95,9 +96,18 @@ def _journal_field(name: str, value: str) -> bytes:
     return name.encode() + b"\n" + len(data).to_bytes(8, "little") + data + b"\n"
 
 
-def journal_available() -> bool:
-    """Return whether a journald can be reached."""
-    return os.path.exists(_JOURNAL_SOCKET)
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """A file that is opened again after a rotation; 0640, because a worker's umask is 0."""
+
+    def _open(self) -> TextIOWrapper:
+        def opener(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_CLOEXEC, 0o640)
+
+        file = open(  # noqa: SIM115 - the handler closes it
+            self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=opener
+        )
+        assert isinstance(file, TextIOWrapper)
+        return file
 
 
 def configure(
@@ -114,7 +124,7 @@ def configure(
         handler = JournalHandler()
     elif sink == "file":
         assert path is not None
-        handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="replace")
+        handler = _LogFile(path, encoding="utf-8", errors="replace")
         assert handler.stream is not None
         fd = handler.stream.fileno()
     else:

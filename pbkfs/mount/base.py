@@ -105,7 +105,7 @@ def latest_backup(store: Path, instance: str) -> str:
 def open_base(address: BaseAddress, *, force: bool, owner: tuple[int, int] | None) -> Base:
     """Open the base at ``address``: control files and lists only. Raises PbkfsError."""
     if address.kind == "probackup":
-        from pbkfs.backup.probackup import open_probackup
+        from pbkfs.backup.probackup.base import open_probackup
 
         assert address.store
         assert address.instance

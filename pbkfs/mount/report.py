@@ -19,14 +19,12 @@ from pbkfs.errors import PbkfsError
 
 
 class WorkerBugError(Exception):
-    """An unexpected exception in the worker, raised again here; ``text`` is its traceback."""
+    """An unexpected exception in the worker, raised again here; its traceback is a note."""
 
     def __init__(self, summary: str, text: str) -> None:
         super().__init__(summary)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f"{self.args[0]}\n{self.text}" if self.text else str(self.args[0])
+        if text:
+            self.add_note(text)
 
 
 def error_to_fields(error: BaseException) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pbkfs
+from pbkfs.pgdata import BLCKSZ
 
 if TYPE_CHECKING:
     from pbkfs.mount.worker import Worker
@@ -48,9 +49,12 @@ class Statistics:
     started_at: float
     uptime_s: float
     changed: dict[str, int]
+    """What the diff's objects hold: ``files``, allocated ``bytes``, and those in ``pages``."""
     disk: dict[str, int]
     overlay: dict[str, int]
+    """Counters of tree and nodes; ``blocks_copied`` were merged with their version below."""
     fuse: dict[str, int]
+    """Requests of the kernel: ``NAME.native`` were answered in C, ``NAME.forwarded`` in Python."""
 
 
 async def collect(worker: Worker) -> Statistics:
@@ -59,8 +63,6 @@ async def collect(worker: Worker) -> Statistics:
 
     opened = worker.opened
     disk = await trio.to_thread.run_sync(measure_disk, opened.diff_path)
-    nodes = opened.tree.nodes.counters()
-    overlay = {**opened.tree.counters(), **nodes}
     return Statistics(
         pid=os.getpid(),
         version=pbkfs.__version__,
@@ -74,6 +76,7 @@ async def collect(worker: Worker) -> Statistics:
         changed={
             "files": disk.n_objects,
             "bytes": disk.objects_bytes,
+            "pages": disk.objects_bytes // BLCKSZ,
         },
         disk={
             "objects_bytes": disk.objects_bytes,
@@ -82,9 +85,20 @@ async def collect(worker: Worker) -> Statistics:
             "other_bytes": disk.other_bytes,
             "total_bytes": disk.total_bytes,
         },
-        overlay=overlay,
-        fuse=worker.session_counters(),
+        overlay={**opened.tree.counters(), **opened.tree.nodes.counters()},
+        fuse=_summarize(worker.session_counters()),
     )
+
+
+def _summarize(counters: dict[str, int]) -> dict[str, int]:
+    """Put the totals that people look for first before the counters of the dispatcher."""
+    kinds = [name for name in counters if name.endswith((".native", ".forwarded"))]
+    queues = ("outstanding", "fsync_queue", "retry_queue")
+    return {
+        "tasks_total": sum(counters[name] for name in kinds) + counters.get("other_requests", 0),
+        "queue_depth": sum(counters.get(name, 0) for name in queues),
+        **counters,
+    }
 
 
 def measure_disk(diff: Path) -> DiskUse:

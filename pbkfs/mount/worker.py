@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import importlib
 import logging
 import os
 import resource
@@ -88,7 +89,8 @@ def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
         log_fd = configure_log(opened, is_console=is_console)
         if not is_console:
             _redirect(log_fd)
-        faulthandler.enable(log_fd if log_fd is not None else 2)
+        # Not the log's own descriptor, which is closed when the log is rotated.
+        faulthandler.enable(2)
         return worker.run()
     except BaseException as caught:
         error = _unwrap(caught)
@@ -98,8 +100,10 @@ def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
         else:
             logger.critical("worker failed", exc_info=error)
         faulthandler.disable()
-        if not worker.was_ready:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if worker.was_ready:
+                opened.close()
+            else:
                 opened.abandon()
         report.send("error", **error_to_fields(error))
         return error.exit_code if isinstance(error, PbkfsError) else 1
@@ -141,8 +145,6 @@ class Worker:
 
     def run(self) -> int:
         """Start, serve and end. Raises what keeps it from serving."""
-        import trio
-
         opened = self.opened
         self.report.send("started", pid=os.getpid())
         with host_errors(opened.diff_path):
@@ -166,6 +168,10 @@ class Worker:
                 if n_files is not None:
                     logger.info("pg_wal is %s, %d files", opened.diff_path / "pg_wal", n_files)
                 server = control.listen(opened.diff_path)
+                # It takes its time, so while we can still be aborted.
+                importlib.import_module("pbkfs.fuse.session")
+                import trio
+
             with server:
                 trio.run(self._serve, server)
             return self._end()
@@ -215,7 +221,8 @@ class Worker:
         if path is None:
             return
         try:
-            path.write_text(f"{os.getpid()}\n", encoding="ascii")
+            with open(path, "w", encoding="ascii", opener=_open_public) as file:
+                file.write(f"{os.getpid()}\n")
         except OSError as error:
             raise HostError(
                 f"cannot write pid file {path}: {reason(error)}",
@@ -250,10 +257,10 @@ class Worker:
                 async with trio.open_nursery() as nursery:
                     session.mount()
                     await nursery.start(session.serve)
-                    nursery.start_soon(control.serve, server, self._handlers())
-                    nursery.start_soon(self._pump_log)
-                    nursery.start_soon(self._keep_synced)
-                    nursery.start_soon(self._obey_signals, signals)
+                    nursery.start_soon(_guarded, control.serve, server, self._handlers())
+                    nursery.start_soon(_guarded, self._pump_log)
+                    nursery.start_soon(_guarded, self._keep_synced)
+                    nursery.start_soon(_guarded, self._obey_signals, signals)
                     self._write_pid_file()
                     with host_errors(opened.diff_path):
                         self._write_binding("active")
@@ -390,6 +397,19 @@ class Worker:
     def session_counters(self) -> dict[str, int]:
         """Return the counters of the kernel's side."""
         return self._session.counters() if self._session is not None else {}
+
+
+async def _guarded(task: Callable[..., Awaitable[None]], *args: Any) -> None:
+    """Run a task beside the serving; the mount must not die of a bug in it."""
+    try:
+        await task(*args)
+    except Exception:
+        logger.exception("task %s ended by a bug; the mount goes on", task.__qualname__)
+
+
+def _open_public(path: str, flags: int) -> int:
+    # The worker's umask is 0, for the modes of the files it serves.
+    return os.open(path, flags, 0o644)
 
 
 def _busy_error(path: Path) -> BusyError:

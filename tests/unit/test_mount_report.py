@@ -32,7 +32,7 @@ def test_unexpected_exception_brings_its_traceback() -> None:
         found = fields_to_error(error_to_fields(error))
     assert isinstance(found, WorkerBugError)
     assert found.args[0] == "ZeroDivisionError: of all things"
-    assert "test_unexpected_exception_brings_its_traceback" in found.text
+    assert "test_unexpected_exception_brings_its_traceback" in found.__notes__[0]
 
 
 def test_messages_in_order_then_the_end() -> None:
