@@ -27,5 +27,22 @@ struct pbk_nodes *pbk_binding_nodes(PyObject *object);
 
 /* Raises OSError for a positive errno and returns NULL. */
 PyObject *pbk_binding_raise(int error_number);
+/* The same for a result of the core: a negative errno, or PBK_NO_OBJECT as ENOTSUP. reason, if not NULL, replaces the errno's
+ * text. */
+PyObject *pbk_binding_fail(int result, const char *reason);
+
+/* Converters for "O&": range-checked, unlike "I" and "K". */
+int pbk_binding_u32(PyObject *object, void *to);
+int pbk_binding_u64(PyObject *object, void *to);
+int pbk_binding_i64(PyObject *object, void *to);
+/* const char * out of bytes without NUL; borrowed. */
+int pbk_binding_path(PyObject *object, void *to);
+
+int pbk_add_journal(PyObject *module);
+int pbk_add_nodes(PyObject *module);
+
+struct pbk_journal;
+/* The journal inside of a Python object of type Journal, borrowed; NULL with TypeError. */
+struct pbk_journal *pbk_binding_journal(PyObject *module, PyObject *object);
 
 #endif

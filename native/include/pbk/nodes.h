@@ -1,0 +1,79 @@
+/*
+ * The table of nodes and what all nodes share: the other half of node.h, for the binding. Any thread, unless said otherwise.
+ */
+#ifndef PBK_NODES_H
+#define PBK_NODES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "pbk/journal.h"
+#include "pbk/node.h"
+#include "pbk/source.h"
+
+/* Counters. G is a gauge: the value of now, which a reset leaves alone. */
+#define PBK_NODES_COUNTERS(C, G)                                                                                             \
+    G(nodes)            /* registered */                                                                                     \
+    G(open_files)       /* descriptors of sources and objects */                                                             \
+    G(index_bytes)      /* loaded page indexes */                                                                            \
+    C(index_loads)      /* page indexes built */                                                                             \
+    C(reads)            /* calls of pbk_node_read */                                                                         \
+    C(bytes_read)       /* bytes they answered */                                                                            \
+    C(base_reads)       /* read system calls on sources */                                                                   \
+    C(object_reads)     /* read system calls on objects of the diff */                                                       \
+    C(pages_raw)        /* stored pages answered as they are */                                                              \
+    C(pages_inflated)   /* stored pages decompressed */                                                                      \
+    C(pages_hole)       /* blocks that nothing stores */                                                                     \
+    C(read_errors)      /* reads that failed */                                                                              \
+    C(writes)           /* calls that wrote, allocated, punched or truncated */                                              \
+    C(bytes_written)    /* bytes of writes */                                                                                \
+    C(write_errors)     /* changes that failed */                                                                            \
+    C(blocks_new)       /* blocks that came into an object */                                                                \
+    C(blocks_copied)    /* of these, blocks that were merged with their version below */                                     \
+    C(bytes_copied)     /* bytes read from below for that, and by copies of whole files */                                   \
+    C(fsyncs)           /* calls of pbk_node_fsync */                                                                        \
+    C(page_records)     /* ranges of blocks recorded as durable */                                                           \
+    C(log_lines)        /* failure lines written */                                                                          \
+    C(log_suppressed)   /* failure lines left out */
+
+struct pbk_counter {
+    const char *name;
+    uint64_t value;
+};
+
+/* journal may be NULL: nothing is recorded. journal, objects_fd and log_fd (-1: none) are the caller's and outlive it. */
+struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int log_fd, size_t index_bytes);
+void pbk_nodes_clear(struct pbk_nodes *); /* removes all nodes */
+void pbk_nodes_free(struct pbk_nodes *);  /* nobody holds a node any more */
+
+/* Registers a file without an object; size is what a reader sees. -EEXIST, -EINVAL, -ENOMEM. */
+int pbk_nodes_add(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs, unsigned n_specs);
+int pbk_nodes_remove(struct pbk_nodes *, uint64_t ino); /* -ENOENT */
+
+/* What the journal says about an object that becomes the top of a node. */
+struct pbk_attach {
+    uint64_t object;
+    const uint8_t *bitmap; /* little-endian 64-bit words, or NULL */
+    size_t bitmap_bytes;
+    uint32_t limit; /* PBK_NO_LIMIT: no record says; it starts as the number of blocks of the version below */
+    bool is_mapped; /* false: whole */
+    bool is_fresh;  /* its directory entry is not known to be durable */
+};
+int pbk_node_attach(struct pbk_node *, struct pbk_ctx *, const struct pbk_attach *);
+bool pbk_node_has_object(struct pbk_node *);
+
+/* Writes the whole visible content to fd, a regular file, from its start, and sets its size. */
+int pbk_node_copy_to(struct pbk_node *, struct pbk_ctx *, int fd);
+
+size_t pbk_nodes_drop_indexes(struct pbk_nodes *);
+void pbk_nodes_gate_close(struct pbk_nodes *);
+int pbk_nodes_gate_open(struct pbk_nodes *);
+
+/* Fills out (room for max) and returns the number of counters. */
+size_t pbk_nodes_counters(struct pbk_nodes *, struct pbk_counter *out, size_t max);
+void pbk_nodes_reset_counters(struct pbk_nodes *);
+
+size_t pbk_ctx_max_io(const struct pbk_ctx *);
+
+#endif

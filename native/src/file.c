@@ -1,0 +1,216 @@
+/* Bounded descriptors: see the header. */
+#define _GNU_SOURCE
+#include "pbk/file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "pbk/io.h"
+
+int pbk_file_set_init(struct pbk_file_set *set, unsigned max_open)
+{
+    memset(set, 0, sizeof(*set));
+    set->max_open = max_open;
+    int err = pthread_mutex_init(&set->lock, NULL);
+    if (err)
+        return -err;
+    err = pthread_cond_init(&set->unpinned, NULL);
+    if (err)
+        pthread_mutex_destroy(&set->lock);
+    return -err;
+}
+
+void pbk_file_set_destroy(struct pbk_file_set *set)
+{
+    pthread_cond_destroy(&set->unpinned);
+    pthread_mutex_destroy(&set->lock);
+}
+
+unsigned pbk_file_set_n_open(struct pbk_file_set *set)
+{
+    pthread_mutex_lock(&set->lock);
+    unsigned n = set->n_open;
+    pthread_mutex_unlock(&set->lock);
+    return n;
+}
+
+static void list_remove(struct pbk_file_set *set, struct pbk_file *file)
+{
+    if (file->newer != NULL)
+        file->newer->older = file->older;
+    else if (set->newest == file)
+        set->newest = file->older;
+    if (file->older != NULL)
+        file->older->newer = file->newer;
+    else if (set->oldest == file)
+        set->oldest = file->newer;
+    file->newer = file->older = NULL;
+}
+
+static void list_add_newest(struct pbk_file_set *set, struct pbk_file *file)
+{
+    file->newer = NULL;
+    file->older = set->newest;
+    if (set->newest != NULL)
+        set->newest->newer = file;
+    else
+        set->oldest = file;
+    set->newest = file;
+}
+
+static void list_add_oldest(struct pbk_file_set *set, struct pbk_file *file)
+{
+    file->older = NULL;
+    file->newer = set->oldest;
+    if (set->oldest != NULL)
+        set->oldest->older = file;
+    else
+        set->newest = file;
+    set->oldest = file;
+}
+
+int pbk_file_init(struct pbk_file *file, int dir_fd, const char *path, int flags)
+{
+    memset(file, 0, sizeof(*file));
+    file->dir_fd = dir_fd;
+    file->flags = flags;
+    file->fd = -1;
+    file->path = strdup(path);
+    return file->path != NULL ? 0 : -ENOMEM;
+}
+
+void pbk_file_destroy(struct pbk_file_set *set, struct pbk_file *file)
+{
+    pthread_mutex_lock(&set->lock);
+    /* Its owner is done with it, but enforce_bound may be syncing it. */
+    while (file->n_pins > 0)
+        pthread_cond_wait(&set->unpinned, &set->lock);
+    if (file->fd >= 0) {
+        list_remove(set, file);
+        set->n_open--;
+    }
+    pthread_mutex_unlock(&set->lock);
+    if (file->fd >= 0)
+        close(file->fd);
+    free(file->path);
+    file->fd = -1;
+    file->path = NULL;
+}
+
+/* An unlinked file can't be opened again: it keeps its descriptor. */
+static bool is_unlinked(int fd)
+{
+    struct stat st;
+    return fstat(fd, &st) != 0 || st.st_nlink == 0;
+}
+
+/* Takes the descriptor of the oldest file that nobody uses away from it, and pins the file. NULL if there is none. */
+static struct pbk_file *take_oldest(struct pbk_file_set *set, int *fd)
+{
+    for (struct pbk_file *file = set->oldest; file != NULL; file = file->newer) {
+        if (file->flags != O_RDONLY && is_unlinked(file->fd))
+            continue;
+        list_remove(set, file);
+        *fd = file->fd;
+        file->fd = -1;
+        set->n_open--;
+        return file;
+    }
+    return NULL;
+}
+
+/*
+ * Closes descriptors until the bound holds. Called and returns with the lock held, but gives it up for the sync of a dirty
+ * file, whose error would be lost with its descriptor. The file stays pinned and dirty meanwhile: an fsync of it that runs
+ * beside has to wait for the disk itself.
+ */
+static void enforce_bound(struct pbk_file_set *set, unsigned bound)
+{
+    while (set->n_open > bound) {
+        int fd;
+        struct pbk_file *file = take_oldest(set, &fd);
+        if (file == NULL)
+            return;
+        if (!atomic_load(&file->is_dirty)) {
+            close(fd);
+            continue;
+        }
+        file->fd = fd;
+        file->n_pins = 1;
+        set->n_open++;
+        pthread_mutex_unlock(&set->lock);
+        int err = pbk_fdatasync(fd);
+        if (err) {
+            int none = 0;
+            atomic_compare_exchange_strong(&file->sync_error, &none, err);
+        }
+        pthread_mutex_lock(&set->lock);
+        if (--file->n_pins == 0) {
+            file->fd = -1;
+            set->n_open--;
+            close(fd);
+            pthread_cond_broadcast(&set->unpinned);
+        }
+    }
+}
+
+int pbk_file_acquire(struct pbk_file_set *set, struct pbk_file *file)
+{
+    pthread_mutex_lock(&set->lock);
+    if (file->fd < 0) {
+        pthread_mutex_unlock(&set->lock);
+        int fd = pbk_open_beneath(file->dir_fd, file->path, file->flags);
+        pthread_mutex_lock(&set->lock);
+        if (fd == -EMFILE || fd == -ENFILE) {
+            /* Somebody else uses up the descriptors: give back half of ours and try once more. */
+            enforce_bound(set, set->n_open / 2);
+            pthread_mutex_unlock(&set->lock);
+            fd = pbk_open_beneath(file->dir_fd, file->path, file->flags);
+            pthread_mutex_lock(&set->lock);
+        }
+        if (file->fd >= 0) {
+            if (fd >= 0)
+                close(fd);
+        } else if (fd < 0) {
+            pthread_mutex_unlock(&set->lock);
+            return fd;
+        } else {
+            file->fd = fd;
+            file->n_pins = 0;
+            set->n_open++;
+            list_add_newest(set, file);
+        }
+    }
+    if (file->n_pins++ == 0)
+        list_remove(set, file);
+    int fd = file->fd;
+    if (set->n_open > set->max_open)
+        enforce_bound(set, set->max_open);
+    pthread_mutex_unlock(&set->lock);
+    return fd;
+}
+
+void pbk_file_release(struct pbk_file_set *set, struct pbk_file *file)
+{
+    pthread_mutex_lock(&set->lock);
+    if (--file->n_pins == 0) {
+        list_add_newest(set, file);
+        if (set->n_open > set->max_open)
+            enforce_bound(set, set->max_open);
+    }
+    pthread_mutex_unlock(&set->lock);
+}
+
+void pbk_file_demote(struct pbk_file_set *set, struct pbk_file *file)
+{
+    pthread_mutex_lock(&set->lock);
+    if (file->fd >= 0 && file->n_pins == 0) {
+        list_remove(set, file);
+        list_add_oldest(set, file);
+    }
+    pthread_mutex_unlock(&set->lock);
+}

@@ -1,0 +1,155 @@
+/* What the files node*.c share; nobody else includes it. */
+#ifndef PBK_NODE_PRIVATE_H
+#define PBK_NODE_PRIVATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "pbk/gate.h"
+#include "pbk/index.h"
+#include "pbk/inflate.h"
+#include "pbk/log.h"
+#include "pbk/node.h"
+#include "pbk/nodes.h"
+
+/*
+ * A page whose version below has to be merged in is written under the lock of its stripe, and so is a whole page that was
+ * not there before: else a merge that read the version below could overwrite it. A stripe is 16 blocks of one file. A chunk
+ * of a write covers 9 stripes at most, so it never meets itself on the ring of 64; locked in ascending order.
+ */
+#define PBK_N_STRIPES 64u
+#define PBK_STRIPE_BLOCKS 16u
+#define PBK_CHUNK_BLOCKS 128u
+
+#define PBK_COUNTER_FIELD(name) atomic_uint_fast64_t name;
+#define PBK_GAUGE_FIELD(name)
+
+struct pbk_counters {
+    PBK_NODES_COUNTERS(PBK_COUNTER_FIELD, PBK_GAUGE_FIELD)
+};
+
+struct pbk_nodes {
+    struct pbk_journal *journal;
+    int objects_fd;
+    struct pbk_log log;
+    struct pbk_file_set files;
+    struct pbk_index_set indexes;
+    struct pbk_gate gate;
+    struct pbk_counters counters;
+    pthread_mutex_t stripes[PBK_N_STRIPES];
+    pthread_rwlock_t table_lock; /* guards what follows */
+    struct pbk_node **buckets;
+    size_t n_buckets; /* a power of two */
+    size_t n_nodes;
+};
+
+/* The object of the diff. */
+struct pbk_object {
+    uint64_t id;
+    bool is_mapped;
+    struct pbk_file file;
+    uint32_t limit;                /* node lock */
+    size_t n_words;                /* of the bitmaps: blocks below the limit at attach */
+    atomic_uint_fast64_t *present; /* bits go from 0 to 1 under the page stripe */
+    uint64_t *durable;             /* sync_lock */
+    pthread_mutex_t sync_lock;     /* one at a time makes the object durable; after the node lock, before the journal */
+    bool is_fresh;                 /* sync_lock */
+    bool is_recorded;              /* sync_lock: this mount appended a PAGES or LIMIT record for it */
+    uint32_t recorded_limit;       /* sync_lock: the limit that a replay of the journal would find */
+    uint64_t settled_end;          /* sync_lock: journal position behind what a growth has to wait for */
+    atomic_bool is_unsettled;      /* what a truncate recorded is missing or not durable: no growth before it is */
+};
+
+struct pbk_node {
+    atomic_uint n_refs;
+    struct pbk_nodes *nodes;
+    uint64_t ino;
+    struct pbk_node *next; /* table_lock */
+    atomic_uint n_handles;
+
+    /* Reads and writes hold it shared, truncate, punch and attach exclusively. */
+    pthread_rwlock_t lock;
+    atomic_uint_fast64_t size; /* grows under the shared lock, shrinks under the exclusive one */
+    struct pbk_object *object; /* node lock */
+
+    /* Constant. */
+    uint64_t below_size;
+    unsigned n_sources;
+    unsigned first_pages; /* sources from here on are of kind PAGES and are found through the index */
+    struct pbk_source *sources;
+
+    pthread_mutex_t load_lock; /* one thread at a time builds the index */
+    struct pbk_index *index;   /* guarded by the index set's lock */
+};
+
+enum place_kind {
+    PLACE_HOLE,
+    PLACE_DIRECT, /* at the same offset of a plain file */
+    PLACE_STORED, /* a record */
+    PLACE_DAMAGED,
+};
+
+#define PLACE_OBJECT (-1)
+
+/* Where one block is. */
+struct place {
+    enum place_kind kind;
+    int source; /* PLACE_OBJECT or a number in node->sources */
+    uint32_t length;
+    uint32_t pos;
+    const uint8_t *page; /* its 8192 bytes, once loaded */
+};
+
+struct pbk_ctx {
+    size_t max_io;
+    size_t max_blocks;
+    struct pbk_inflater *inflater;
+    uint8_t *pages;   /* max_blocks pages: slot i belongs to the i-th block of the request */
+    uint8_t *records; /* stored records, headers and all */
+    size_t records_size;
+    size_t records_used;
+    size_t gap_budget;
+    struct place *places; /* max_blocks */
+    uint16_t *members;    /* max_blocks */
+    uint8_t *merge[2];    /* a page each, for the two ends of a write */
+};
+
+static inline uint64_t blocks_of(uint64_t size)
+{
+    return size / PBK_BLCKSZ + (size % PBK_BLCKSZ != 0);
+}
+
+static inline void count(atomic_uint_fast64_t *counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+/* Whether a block is the object's; block < limit has its bit inside of the bitmap. */
+static inline bool object_has(const struct pbk_object *object, uint64_t block)
+{
+    return !object->is_mapped || block >= object->limit ||
+           (atomic_load_explicit(&object->present[block / 64], memory_order_acquire) >> (block % 64) & 1);
+}
+
+static inline void object_set(struct pbk_object *object, uint64_t block)
+{
+    atomic_fetch_or_explicit(&object->present[block / 64], UINT64_C(1) << (block % 64), memory_order_release);
+}
+
+/* node_read.c: the version of a block below the object, zeros where it has nothing. Node lock held in any mode. */
+int node_read_below(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t block, uint8_t page[PBK_BLCKSZ]);
+
+/* node_write.c: truncation to size by the holder of the exclusive node lock. */
+int node_truncate_locked(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size);
+
+/* node_sync.c, node lock held in any mode. */
+
+/* Data, size and page map of the object are durable, but for the journal's end. must_record: leave a record even if no block
+ * is new. */
+int node_sync_object(struct pbk_node *node, bool datasync, bool must_record);
+/* After a truncate: as above, and the file can't grow before the journal up to here is durable. */
+int node_record_truncate(struct pbk_node *node);
+/* Before the file grows: waits for that, or the blocks that come back could be old ones. */
+int node_settle(struct pbk_node *node);
+
+#endif

@@ -1,0 +1,189 @@
+/*
+ * Making an object durable: first its data, then the record of its new blocks, then (the caller) the journal. So a block that
+ * the journal calls durable is, and one that did not get that far reads as its version below after a power cut.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "node_private.h"
+#include "pbk/io.h"
+
+struct range_list {
+    struct pbk_range *ranges;
+    size_t n;
+    size_t room;
+};
+
+static int list_add(struct range_list *list, uint32_t block)
+{
+    if (list->n > 0) {
+        struct pbk_range *last = &list->ranges[list->n - 1];
+        if (last->first + last->count == block) {
+            last->count++;
+            return 0;
+        }
+    }
+    if (list->n == list->room) {
+        size_t room = list->room ? list->room * 2 : 64;
+        struct pbk_range *ranges = realloc(list->ranges, room * sizeof(*ranges));
+        if (ranges == NULL)
+            return -ENOMEM;
+        list->ranges = ranges;
+        list->room = room;
+    }
+    list->ranges[list->n++] = (struct pbk_range){.first = block, .count = 1};
+    return 0;
+}
+
+/* The blocks that are in the object but not yet recorded, as of now. */
+static int list_new_blocks(struct pbk_object *object, struct range_list *list)
+{
+    for (size_t i = 0; i < object->n_words && i * 64 < object->limit; i++) {
+        uint64_t word = atomic_load_explicit(&object->present[i], memory_order_acquire) & ~object->durable[i];
+        for (; word != 0; word &= word - 1) {
+            uint64_t block = i * 64 + (uint64_t)__builtin_ctzll(word);
+            if (block >= object->limit)
+                break;
+            int err = list_add(list, (uint32_t)block);
+            if (err)
+                return err;
+        }
+    }
+    return 0;
+}
+
+static int sync_directory(struct pbk_node *node)
+{
+    char name[4];
+    snprintf(name, sizeof(name), "%02x", (unsigned)(node->object->id & 255));
+    int fd = openat(node->nodes->objects_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return -errno;
+    int err = pbk_fsync(fd);
+    close(fd);
+    return err;
+}
+
+static int sync_data(struct pbk_node *node, bool datasync)
+{
+    struct pbk_object *object = node->object;
+    int fd = pbk_file_acquire(&node->nodes->files, &object->file);
+    if (fd < 0)
+        return fd;
+    int err = datasync ? pbk_fdatasync(fd) : pbk_fsync(fd);
+    pbk_file_release(&node->nodes->files, &object->file);
+    if (err) {
+        /* The kernel drops what it could not write and reports it once. Were the next call believed, blocks would be recorded
+         * as durable that are not: this object stays unsyncable until it is mounted again. */
+        int none = 0;
+        atomic_compare_exchange_strong(&object->file.sync_error, &none, err);
+    }
+    return err;
+}
+
+/* With sync_lock held. */
+static int sync_object_locked(struct pbk_node *node, bool datasync, bool must_record)
+{
+    struct pbk_object *object = node->object;
+    struct pbk_journal *journal = node->nodes->journal;
+    struct range_list list = {0};
+    int err = atomic_load(&object->file.sync_error);
+    if (err)
+        return err;
+    err = list_new_blocks(object, &list);
+    if (err)
+        goto out;
+    bool is_dirty = atomic_exchange(&object->file.is_dirty, false);
+    if (is_dirty || list.n > 0 || object->is_fresh || must_record || !datasync)
+        err = sync_data(node, datasync);
+    if (err == 0 && object->is_fresh) {
+        err = sync_directory(node);
+        if (err == 0)
+            object->is_fresh = false;
+    }
+    if (err)
+        goto out;
+    if (journal != NULL && (list.n > 0 || must_record)) {
+        err = pbk_journal_append_pages(journal, PBK_RECORD_PAGES, object->id, list.ranges, list.n);
+        if (err)
+            goto out;
+        object->is_recorded = true;
+    }
+    for (size_t i = 0; i < list.n; i++) {
+        for (uint32_t k = 0; k < list.ranges[i].count; k++) {
+            uint32_t block = list.ranges[i].first + k;
+            object->durable[block / 64] |= UINT64_C(1) << (block % 64);
+        }
+    }
+    count(&node->nodes->counters.page_records, list.n);
+    if (journal != NULL && object->is_mapped && object->limit < object->recorded_limit) {
+        err = pbk_journal_append_limit(journal, object->id, object->limit, &object->settled_end);
+        if (err)
+            goto out;
+        object->recorded_limit = object->limit;
+        object->is_recorded = true;
+    }
+out:
+    if (err)
+        atomic_store(&object->file.is_dirty, true);
+    free(list.ranges);
+    return err;
+}
+
+int node_sync_object(struct pbk_node *node, bool datasync, bool must_record)
+{
+    pthread_mutex_lock(&node->object->sync_lock);
+    int err = must_record && node->object->is_recorded ? 0 : sync_object_locked(node, datasync, must_record);
+    pthread_mutex_unlock(&node->object->sync_lock);
+    return err;
+}
+
+int node_record_truncate(struct pbk_node *node)
+{
+    struct pbk_object *object = node->object;
+    pthread_mutex_lock(&object->sync_lock);
+    atomic_store(&object->is_unsettled, true);
+    int err = sync_object_locked(node, true, false);
+    if (err == 0 && node->nodes->journal != NULL)
+        object->settled_end = pbk_journal_end(node->nodes->journal);
+    pthread_mutex_unlock(&object->sync_lock);
+    return err;
+}
+
+int node_settle(struct pbk_node *node)
+{
+    struct pbk_object *object = node->object;
+    struct pbk_journal *journal = node->nodes->journal;
+    int err = 0;
+    if (!atomic_load(&object->is_unsettled))
+        return 0;
+    pthread_mutex_lock(&object->sync_lock);
+    if (atomic_load(&object->is_unsettled)) {
+        if (object->limit < object->recorded_limit)
+            err = sync_object_locked(node, true, false);
+        if (err == 0 && journal != NULL)
+            err = pbk_journal_sync_to(journal, object->settled_end);
+        if (err == 0)
+            atomic_store(&object->is_unsettled, false);
+    }
+    pthread_mutex_unlock(&object->sync_lock);
+    return err;
+}
+
+int pbk_node_fsync(struct pbk_node *node, bool datasync)
+{
+    struct pbk_nodes *nodes = node->nodes;
+    int err = 0;
+    count(&nodes->counters.fsyncs, 1);
+    pthread_rwlock_rdlock(&node->lock);
+    if (node->object != NULL)
+        err = node_sync_object(node, datasync, false);
+    pthread_rwlock_unlock(&node->lock);
+    if (err == 0 && nodes->journal != NULL)
+        err = pbk_journal_sync(nodes->journal);
+    return err;
+}

@@ -1,0 +1,446 @@
+/*
+ * Changing the object of the diff: write, truncate, fallocate. A write arrives at any offset, often as half a page: the page
+ * is then completed with its version below, once, and is the object's from then on.
+ *
+ * Order inside of a first write: pwrite, PAGES_LIVE, bit. Whatever fails on the way leaves the bit unset, and so the version
+ * below in view.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "node_private.h"
+#include "pbk/io.h"
+
+#define CHUNK_BYTES ((uint64_t)PBK_CHUNK_BLOCKS * PBK_BLCKSZ)
+
+static const uint8_t zero_page[PBK_BLCKSZ];
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* ---- size ---- */
+
+static void raise_size(struct pbk_node *node, uint64_t size)
+{
+    uint_fast64_t old = atomic_load(&node->size);
+    while (old < size && !atomic_compare_exchange_weak_explicit(&node->size, &old, size, memory_order_release,
+                                                                memory_order_relaxed))
+        ;
+}
+
+/* After a call that failed half-way: the size is what the object has. */
+static void refresh_size(struct pbk_node *node, int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st) == 0)
+        raise_size(node, (uint64_t)st.st_size);
+}
+
+/* ---- stripes ---- */
+
+static uint64_t stripe_mask(const struct pbk_node *node, uint64_t first, uint64_t last)
+{
+    uint64_t mask = 0;
+    for (uint64_t s = first / PBK_STRIPE_BLOCKS; s <= last / PBK_STRIPE_BLOCKS; s++)
+        mask |= UINT64_C(1) << ((node->ino * 29 + s) % PBK_N_STRIPES);
+    return mask;
+}
+
+static void lock_stripes(struct pbk_nodes *nodes, uint64_t mask)
+{
+    for (; mask != 0; mask &= mask - 1)
+        pthread_mutex_lock(&nodes->stripes[__builtin_ctzll(mask)]);
+}
+
+static void unlock_stripes(struct pbk_nodes *nodes, uint64_t mask)
+{
+    for (; mask != 0; mask &= mask - 1)
+        pthread_mutex_unlock(&nodes->stripes[__builtin_ctzll(mask)]);
+}
+
+/* ---- mapped objects ---- */
+
+/* Blocks first … last hold their content: record those that are new and set their bits. Stripes locked, at most a chunk. */
+static int add_blocks(struct pbk_node *node, uint64_t first, uint64_t last)
+{
+    struct pbk_object *object = node->object;
+    struct pbk_range ranges[PBK_CHUNK_BLOCKS / 2 + 1];
+    size_t n = 0;
+    uint64_t n_new = 0;
+    bool in_range = false;
+    for (uint64_t b = first; b <= last; b++) {
+        if (object_has(object, b)) {
+            in_range = false;
+            continue;
+        }
+        if (!in_range)
+            ranges[n++] = (struct pbk_range){.first = (uint32_t)b};
+        ranges[n - 1].count++;
+        n_new++;
+        in_range = true;
+    }
+    if (n == 0)
+        return 0;
+    if (node->nodes->journal != NULL) {
+        int err = pbk_journal_append_pages(node->nodes->journal, PBK_RECORD_PAGES_LIVE, object->id, ranges, n);
+        if (err)
+            return err;
+    }
+    for (size_t i = 0; i < n; i++)
+        for (uint32_t k = 0; k < ranges[i].count; k++)
+            object_set(object, (uint64_t)ranges[i].first + k);
+    count(&node->nodes->counters.blocks_new, n_new);
+    return 0;
+}
+
+static bool has_all(const struct pbk_object *object, uint64_t first, uint64_t last)
+{
+    for (uint64_t b = first; b <= last; b++)
+        if (!object_has(object, b))
+            return false;
+    return true;
+}
+
+/* A part of one page that is not in the object: the rest of what is visible of it comes from below. */
+static int merge_page(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t block, uint64_t off, const uint8_t *data,
+                      size_t len, uint8_t *page, struct iovec *iov)
+{
+    uint64_t start = block * PBK_BLCKSZ;
+    int err = node_read_below(node, ctx, block, page);
+    if (err)
+        return err;
+    memcpy(page + (off - start), data, len);
+    uint64_t size = atomic_load(&node->size);
+    uint64_t end = size > off + len ? size : off + len;
+    iov->iov_base = page;
+    iov->iov_len = (size_t)min_u64(PBK_BLCKSZ, end - start);
+    count(&node->nodes->counters.blocks_copied, 1);
+    return 0;
+}
+
+/* Writes [off, off + len), at most a chunk, all of it below the limit, with the stripes locked. */
+static int write_new(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t off, const uint8_t *data, size_t len)
+{
+    uint64_t first = off / PBK_BLCKSZ;
+    uint64_t last = (off + len - 1) / PBK_BLCKSZ;
+    uint64_t end = off + len;
+    uint64_t from = off;
+    struct iovec iov[3];
+    int n = 0;
+    int err;
+
+    bool is_partial_head = off % PBK_BLCKSZ != 0 || (first == last && end % PBK_BLCKSZ != 0);
+    if (is_partial_head && !object_has(node->object, first)) {
+        size_t part = (size_t)(min_u64((first + 1) * PBK_BLCKSZ, end) - off);
+        err = merge_page(node, ctx, first, off, data, part, ctx->merge[0], &iov[n++]);
+        if (err)
+            return err;
+        from = first * PBK_BLCKSZ;
+        data += part;
+        len -= part;
+    }
+    size_t tail = (size_t)(end % PBK_BLCKSZ);
+    bool merges_tail = len > 0 && first != last && tail != 0 && !object_has(node->object, last);
+    if (merges_tail)
+        len -= tail;
+    if (len > 0)
+        iov[n++] = (struct iovec){.iov_base = (void *)(uintptr_t)data, .iov_len = len};
+    if (merges_tail) {
+        err = merge_page(node, ctx, last, end - tail, data + len, tail, ctx->merge[1], &iov[n++]);
+        if (err)
+            return err;
+    }
+    err = pbk_pwritev_full(fd, iov, n, from);
+    return err ? err : add_blocks(node, first, last);
+}
+
+static int write_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t off, const uint8_t *data, size_t len)
+{
+    struct pbk_object *object = node->object;
+    uint64_t limit = (uint64_t)object->limit * PBK_BLCKSZ;
+
+    while (len > 0) {
+        if (off >= limit)
+            return pbk_pwrite_full(fd, data, len, off);
+        uint64_t end = min_u64(min_u64(off + len, (off / CHUNK_BYTES + 1) * CHUNK_BYTES), limit);
+        size_t n = (size_t)(end - off);
+        uint64_t first = off / PBK_BLCKSZ;
+        uint64_t last = (end - 1) / PBK_BLCKSZ;
+        int err;
+        if (has_all(object, first, last)) {
+            err = pbk_pwrite_full(fd, data, n, off);
+        } else {
+            uint64_t mask = stripe_mask(node, first, last);
+            lock_stripes(node->nodes, mask);
+            err = write_new(node, ctx, fd, off, data, n);
+            unlock_stripes(node->nodes, mask);
+        }
+        if (err)
+            return err;
+        off += n;
+        data += n;
+        len -= n;
+    }
+    return 0;
+}
+
+/* ---- the frame around every change ---- */
+
+/* Passes the gate, locks the node and gets its object's descriptor. PBK_NO_OBJECT or -errno: nothing is held. */
+static int begin_change(struct pbk_node *node, bool is_exclusive, int *fd)
+{
+    pbk_gate_enter(&node->nodes->gate);
+    if (is_exclusive)
+        pthread_rwlock_wrlock(&node->lock);
+    else
+        pthread_rwlock_rdlock(&node->lock);
+    int err = PBK_NO_OBJECT;
+    if (node->object != NULL) {
+        *fd = pbk_file_acquire(&node->nodes->files, &node->object->file);
+        if (*fd >= 0)
+            return 0;
+        err = *fd;
+        pbk_log_failure(&node->nodes->log, node->object->file.path, PBK_LOG_NO_BLOCK, "diff", "object can't be opened", -err);
+        if (err != -EMFILE && err != -ENFILE && err != -ENOMEM && err != -EROFS)
+            err = -EIO;
+    }
+    pthread_rwlock_unlock(&node->lock);
+    pbk_gate_leave(&node->nodes->gate);
+    return err;
+}
+
+static int end_change(struct pbk_node *node, int fd, int err)
+{
+    if (err)
+        refresh_size(node, fd);
+    /* Set after the change and before the descriptor is given back: see sync_object_locked and enforce_bound. */
+    atomic_store(&node->object->file.is_dirty, true);
+    pbk_file_release(&node->nodes->files, &node->object->file);
+    pthread_rwlock_unlock(&node->lock);
+    pbk_gate_leave(&node->nodes->gate);
+    count(err ? &node->nodes->counters.write_errors : &node->nodes->counters.writes, 1);
+    return err;
+}
+
+static int check_end(uint64_t off, uint64_t len, uint64_t *end)
+{
+    return __builtin_add_overflow(off, len, end) || *end > INT64_MAX ? -EFBIG : 0;
+}
+
+ssize_t pbk_node_write(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, const void *data, size_t len)
+{
+    uint64_t end;
+    int fd;
+    int err = check_end(off, len, &end);
+    if (err)
+        return err;
+    err = begin_change(node, false, &fd);
+    if (err)
+        return err;
+    if (len > 0) {
+        if (end > atomic_load(&node->size))
+            err = node_settle(node);
+        if (err == 0)
+            err = node->object->is_mapped ? write_mapped(node, ctx, fd, off, data, len) : pbk_pwrite_full(fd, data, len, off);
+        if (err == 0)
+            raise_size(node, end);
+    }
+    err = end_change(node, fd, err);
+    if (err)
+        return err;
+    count(&node->nodes->counters.bytes_written, len);
+    return (ssize_t)len;
+}
+
+/* ---- truncate ---- */
+
+/* The part of a block that a cut leaves over has to be in the object: below, the block still has its other part. */
+static int keep_cut_block(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t size, bool *is_merged)
+{
+    uint64_t block = size / PBK_BLCKSZ;
+    struct iovec iov;
+    if (size % PBK_BLCKSZ == 0 || object_has(node->object, block))
+        return 0;
+    /* Whole as it is seen now, as the file is cut only afterwards. */
+    int err = merge_page(node, ctx, block, block * PBK_BLCKSZ, zero_page, 0, ctx->merge[0], &iov);
+    if (err == 0)
+        err = pbk_pwritev_full(fd, &iov, 1, block * PBK_BLCKSZ);
+    if (err == 0)
+        err = add_blocks(node, block, block);
+    *is_merged = err == 0;
+    return err;
+}
+
+static int shrink_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t size)
+{
+    struct pbk_object *object = node->object;
+    struct pbk_journal *journal = node->nodes->journal;
+    bool is_merged = false;
+
+    int err = keep_cut_block(node, ctx, fd, size, &is_merged);
+    if (err == 0 && size < node->below_size && journal != NULL) {
+        /* An object without any record that is shorter than its version below is taken for one whose size got lost. */
+        err = node_sync_object(node, true, true);
+        if (err == 0)
+            err = pbk_journal_sync(journal);
+    }
+    if (err == 0)
+        err = pbk_ftruncate(fd, size);
+    if (err)
+        return err;
+    atomic_store(&node->size, size);
+    if (blocks_of(size) < object->limit) {
+        object->limit = (uint32_t)blocks_of(size);
+        return node_record_truncate(node);
+    }
+    return is_merged ? node_record_truncate(node) : 0;
+}
+
+int node_truncate_locked(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size)
+{
+    struct pbk_object *object = node->object;
+    uint64_t old = atomic_load(&node->size);
+    int fd = pbk_file_acquire(&node->nodes->files, &object->file);
+    int err = 0;
+    if (fd < 0)
+        return fd;
+    if (size < old && object->is_mapped) {
+        atomic_store(&object->file.is_dirty, true);
+        err = shrink_mapped(node, ctx, fd, size);
+    } else {
+        if (size > old)
+            err = node_settle(node);
+        if (err == 0)
+            err = pbk_ftruncate(fd, size);
+        if (err == 0)
+            atomic_store(&node->size, size);
+    }
+    atomic_store(&object->file.is_dirty, true);
+    pbk_file_release(&node->nodes->files, &object->file);
+    return err;
+}
+
+int pbk_node_truncate(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size)
+{
+    int fd;
+    if (size > INT64_MAX)
+        return -EFBIG;
+    int err = begin_change(node, true, &fd);
+    if (err)
+        return err;
+    return end_change(node, fd, node_truncate_locked(node, ctx, size));
+}
+
+/* ---- fallocate ---- */
+
+/* Whole blocks [start, end) become holes of the object, and the object's. */
+static int punch_blocks(struct pbk_node *node, int fd, uint64_t start, uint64_t end)
+{
+    int err = pbk_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start);
+    if (err)
+        return err;
+    uint64_t first = start / PBK_BLCKSZ;
+    uint64_t stop = min_u64(end / PBK_BLCKSZ, node->object->limit);
+    while (err == 0 && first < stop) {
+        uint64_t next = min_u64((first / PBK_CHUNK_BLOCKS + 1) * PBK_CHUNK_BLOCKS, stop);
+        err = add_blocks(node, first, next - 1);
+        first = next;
+    }
+    return err;
+}
+
+/* With the exclusive node lock: nobody else sets bits, so stripes are only taken where the write path takes them. */
+static int zero_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t off, uint64_t end)
+{
+    uint64_t size = atomic_load(&node->size);
+    int err = 0;
+    end = min_u64(end, size);
+    if (off >= end)
+        return 0;
+    uint64_t first = (off + PBK_BLCKSZ - 1) / PBK_BLCKSZ * PBK_BLCKSZ;
+    /* A last block whose visible part is all zeros counts as whole. */
+    uint64_t last = (end == size ? blocks_of(end) : end / PBK_BLCKSZ) * PBK_BLCKSZ;
+    if (first > last)
+        return write_mapped(node, ctx, fd, off, zero_page, (size_t)(end - off));
+    if (first < last)
+        err = punch_blocks(node, fd, first, last);
+    if (err == 0 && off < first)
+        err = write_mapped(node, ctx, fd, off, zero_page, (size_t)(min_u64(first, end) - off));
+    if (err == 0 && last < end)
+        err = write_mapped(node, ctx, fd, last, zero_page, (size_t)(end - last));
+    return err;
+}
+
+static int allocate(struct pbk_node *node, int fd, int mode, uint64_t off, uint64_t len)
+{
+    uint64_t size = atomic_load(&node->size);
+    bool grows = !(mode & FALLOC_FL_KEEP_SIZE) && off + len > size;
+    int err = grows ? node_settle(node) : 0;
+    if (err == 0)
+        err = pbk_fallocate(fd, mode, off, len);
+    if (err == 0 && grows)
+        raise_size(node, off + len);
+    return err;
+}
+
+int pbk_node_fallocate(struct pbk_node *node, struct pbk_ctx *ctx, int mode, uint64_t off, uint64_t len)
+{
+    uint64_t end;
+    int fd;
+    int err = check_end(off, len, &end);
+    if (err)
+        return err;
+    if (len == 0)
+        return -EINVAL;
+    int what = mode & ~FALLOC_FL_KEEP_SIZE;
+    if ((what != 0 && what != FALLOC_FL_PUNCH_HOLE && what != FALLOC_FL_ZERO_RANGE) || mode == FALLOC_FL_PUNCH_HOLE)
+        return -EOPNOTSUPP;
+    err = begin_change(node, what != 0, &fd);
+    if (err)
+        return err;
+    if (what == 0 || !node->object->is_mapped) {
+        err = allocate(node, fd, mode, off, len);
+    } else {
+        err = zero_mapped(node, ctx, fd, off, end);
+        uint64_t size = atomic_load(&node->size);
+        if (err == 0 && what == FALLOC_FL_ZERO_RANGE && end > size) {
+            uint64_t start = off > size ? off : size;
+            err = allocate(node, fd, mode & FALLOC_FL_KEEP_SIZE, start, end - start);
+        }
+    }
+    return end_change(node, fd, err);
+}
+
+/* ---- attributes ---- */
+
+int pbk_node_stat(struct pbk_node *node, struct stat *st)
+{
+    struct pbk_nodes *nodes = node->nodes;
+    int err = PBK_NO_OBJECT;
+    pthread_rwlock_rdlock(&node->lock);
+    if (node->object != NULL) {
+        int fd = pbk_file_acquire(&nodes->files, &node->object->file);
+        err = fd;
+        if (fd >= 0) {
+            err = fstat(fd, st) == 0 ? 0 : -errno;
+            pbk_file_release(&nodes->files, &node->object->file);
+        }
+    }
+    pthread_rwlock_unlock(&node->lock);
+    return err;
+}
+
+int pbk_node_utimens(struct pbk_node *node, const struct timespec ts[2])
+{
+    int fd;
+    int err = begin_change(node, false, &fd);
+    if (err)
+        return err;
+    return end_change(node, fd, futimens(fd, ts) == 0 ? 0 : -errno);
+}

@@ -1,0 +1,139 @@
+"""The native half: page reads and writes, the journal's page records, the dispatcher.
+
+Errors are OSError with an errno unless said otherwise. Every method that can wait for a disk or a lock gives
+up the GIL. Descriptors stay the caller's and have to outlive the object they were given to.
+"""
+
+from collections.abc import Buffer, Sequence
+from typing import Literal, TypeAlias, final
+
+BLCKSZ: int
+NO_LIMIT: int  # 0xFFFFFFFF
+INFLATE_LIBRARY: str  # "libdeflate" or "zlib"
+
+# (root_fd, path of page_header_map, offset, size, crc, number of headers)
+Headers: TypeAlias = tuple[int, bytes, int, int, int, int]
+# ("raw", root_fd, path, size, label)
+RawTuple: TypeAlias = tuple[Literal["raw"], int, bytes, int, str]
+# ("pages", root_fd, path, stored_size, label, compress, limit, padded, old_zlib_8192, headers)
+PagesTuple: TypeAlias = tuple[
+    Literal["pages"], int, bytes, int, str, int, int, bool, bool, Headers | None
+]
+# ("object", objects_dir_fd, object_id, label, bitmap, limit); bitmap None: whole
+ObjectTuple: TypeAlias = tuple[Literal["object"], int, int, str, bytes | None, int]
+SourceTuple: TypeAlias = RawTuple | PagesTuple | ObjectTuple
+
+def crc32c(data: Buffer, crc: int = 0, /) -> int:
+    """CRC-32C of ``data``; ``crc`` is the result for what came before it."""
+
+def pglz_decompress(data: Buffer, raw_size: int, /) -> bytes:
+    """Exactly ``raw_size`` bytes out of exactly ``data``. ValueError if it is anything else."""
+
+def scan_pages(
+    root_fd: int, path: bytes, stored_size: int, padded: bool, /
+) -> tuple[int, int, int | None]:
+    """Walk a stored data file: pages stored, highest block + 1, blocks by a truncation marker.
+
+    Raises OSError(EIO) if it is malformed or shorter than ``stored_size``.
+    """
+
+def scan_journal(
+    fd: int, boot_id: Buffer, /
+) -> tuple[int, list[bytes], dict[int, tuple[bytes, int, bool]]]:
+    """Read a journal up to the first frame that does not check.
+
+    Returns the length of the valid prefix, the payloads of the name records (types >= 16) in order,
+    and for each object (bitmap as little-endian 64-bit words, limit or NO_LIMIT, whole).
+    PAGES_LIVE records count only behind a BOOT record with ``boot_id`` (16 bytes), so 16 zero bytes
+    give what a power cut would leave. Raises OSError(EIO) for what can't be a journal of this format.
+    """
+
+@final
+class Journal:
+    """Appends checksummed frames to ``fd`` at ``end``. A write or sync that fails in a way that can't be
+    taken back makes it answer the same error to everything that follows."""
+
+    def __new__(cls, fd: int, end: int) -> Journal: ...
+    def append(self, payload: Buffer, /) -> None:
+        """One frame of 1 byte to 16 MiB. A failed append leaves no trace."""
+    def sync(self) -> None:
+        """Return when everything that was appended before the call is durable."""
+    @property
+    def end(self) -> int: ...
+    @property
+    def synced(self) -> int: ...
+
+@final
+class Nodes:
+    """The data of all registered files. Unknown inode numbers raise OSError(ENOENT), and a closed
+    object ValueError."""
+
+    def __new__(
+        cls, journal: Journal | None, objects_fd: int, log_fd: int, *, index_bytes: int = 64 << 20
+    ) -> Nodes:
+        """``log_fd`` is a pipe (or -1) that gets one line for each page that could not be read:
+        ``file=… block=… layer=… reason=…``; the path escaped, the reason free text to the end of the line."""
+    def add(self, ino: int, size: int, sources: Sequence[SourceTuple], /) -> None:
+        """Register a file without an object, sources newest first. OSError(EEXIST)."""
+    def attach(
+        self,
+        ino: int,
+        object_id: int,
+        *,
+        bitmap: bytes | None,
+        limit: int,
+        mapped: bool,
+        fresh: bool,
+    ) -> None:
+        """Make an existing object the top of the node.
+
+        ``bitmap`` and ``limit`` are what ``scan_journal`` has for it, None and NO_LIMIT if it has nothing.
+        ``fresh``: made by this mount just now, with the file's size; its directory entry may not be durable.
+        """
+    def remove(self, ino: int, /) -> None: ...
+    def has(self, ino: int, /) -> bool: ...
+    def has_object(self, ino: int, /) -> bool: ...
+    def stat(
+        self, ino: int, /
+    ) -> tuple[int, int, int, int, int, int, int, int, int] | None:
+        """Of the object: mode, uid, gid, size, atime_ns, mtime_ns, ctime_ns, blocks, nlink."""
+    def size(self, ino: int, /) -> int: ...
+    def read(self, ino: int, offset: int, length: int, /) -> bytes: ...
+    def write(self, ino: int, offset: int, data: Buffer, /) -> int:
+        """Write all of it. OSError(ENOTSUP) without an object; of any other error a part may be written."""
+    def truncate(self, ino: int, size: int, /) -> None: ...
+    def fallocate(self, ino: int, mode: int, offset: int, length: int, /) -> None: ...
+    def fsync(self, ino: int, datasync: bool, /) -> None:
+        """Return when the file's data, its page records and the whole journal are durable."""
+    def copy_to(self, ino: int, fd: int, /) -> None:
+        """Write the whole visible content to a regular file, from its start, and set its size."""
+    def drop_indexes(self) -> int:
+        """Drop all loaded page indexes (they load again when needed); the bytes freed."""
+    def gate_close(self) -> None:
+        """Hold every change of data; returns when none is under way. Closes nest."""
+    def gate_open(self) -> None:
+        """Undo one gate_close. ValueError if the gate is open."""
+    def counters(self) -> dict[str, int]: ...
+    def reset_counters(self) -> None: ...
+    def close(self) -> None: ...
+
+@final
+class Dispatcher:
+    """Answers hot FUSE requests in threads without the interpreter; forwards the others."""
+
+    def __new__(
+        cls, nodes: Nodes, fuse_fd: int, *, n_readers: int = 0, n_fsync: int = 4
+    ) -> Dispatcher: ...
+    @property
+    def socket_fd(self) -> int:
+        """What pyfuse3 talks to in the kernel's place."""
+    @property
+    def event_fd(self) -> int:
+        """Readable once the connection is gone."""
+    def start(self) -> None: ...
+    def stop(self) -> None:
+        """Join all threads; may be called again."""
+    def invalidate(self, ino: int, offset: int, length: int, /) -> None: ...
+    def invalidate_entry(self, parent: int, name: bytes, /) -> None: ...
+    def counters(self) -> dict[str, int]: ...
+    def reset_counters(self) -> None: ...
