@@ -14,15 +14,12 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from catalog_format import BLCKSZ
+from catalog_writer import CatalogWriter, synthetic_control_file, synthetic_pgdata
+
 from benchmarks.measure import say
 from benchmarks.server import SERVER_USER, Server, as_server_user
 from benchmarks.sides import Chain, run
-from tests.catalog_writer import (
-    BLCKSZ,
-    CatalogWriter,
-    synthetic_control_file,
-    synthetic_pgdata,
-)
 
 
 @dataclass(frozen=True, slots=True)
