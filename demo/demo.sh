@@ -10,15 +10,19 @@ if [ -t 1 ]; then bold=$(printf '\033[1m') dim=$(printf '\033[2m') plain=$(print
 
 title() { printf '\n%s== %s%s\n' "$bold" "$*" "$plain"; }
 note() { printf '   %s\n' "$*"; }
-# Say the command and run it, its output set off from ours.
-show() {
-    printf '%s$ %s%s\n' "$bold" "$*" "$plain"
+say_command() { printf '%s$ %s%s\n' "$bold" "$*" "$plain"; }
+# Run a command, its output set off from ours.
+run() {
     "$@" >"$work/output" 2>&1 || {
         sed 's/^/   /' "$work/output"
         printf 'the demo failed at: %s\n' "$*" >&2
         exit 1
     }
     sed 's/^/   /' "$work/output"
+}
+show() {
+    say_command "$*"
+    run "$@"
 }
 
 # --- PostgreSQL's programs, and the user who may run them ------------------------------------
@@ -91,19 +95,22 @@ sum_of() { (cd "$1" && find . -type f -print0 | sort -z | xargs -0 sha256sum | s
 # --- the story -------------------------------------------------------------------------------
 
 start() {
-    printf '%s$ pbkfs start -D mnt%s\n' "$bold" "$plain"
+    say_command "pbkfs start -D mnt"
     uri=$(pbkfs start -D mnt)
     note "$uri"
 }
-sql() { show psql -X -q -P footer=off -d "$uri" "$@"; }
+sql() {
+    say_command "psql -c \"$1\""
+    run psql -X -q -P footer=off -d "$uri" -c "$1"
+}
 
 title "1. A cluster, and a backup of it"
 note "$(postgres --version), run by $user; everything is below $work"
 as_user initdb -D source -U postgres -A trust --no-sync --locale=C -E UTF8 >/dev/null
-as_user pg_ctl -w -D source -l source/server.log \
+as_user pg_ctl -w -D source -l socket/server.log \
     -o "-k $work/socket -c listen_addresses= -c fsync=off" start >/dev/null
 as_user pgbench -h "$work/socket" -U postgres -q -i -s 10 postgres >/dev/null 2>&1
-printf '%s$ pg_basebackup -D backup%s\n' "$bold" "$plain"
+say_command "pg_basebackup -D backup"
 as_user pg_basebackup -h "$work/socket" -U postgres -D backup -c fast --no-sync
 as_user pg_ctl -D source -m fast stop >/dev/null
 rm -rf source socket
@@ -113,21 +120,23 @@ note "the cluster itself is gone now: the backup is all there is"
 
 title "2. The backup is mounted: no restore, no copy"
 show pbkfs mount --base backup -D mnt -d diff --owner "$user" --wait
-show ls mnt
+show ls -C mnt
 note "the diff, which takes all changes, has $(size_of diff)"
 
 title "3. PostgreSQL runs on it"
 start
-sql -c "select count(*) as accounts, sum(abalance) as balance from pgbench_accounts"
+sql "select count(*) as accounts, sum(abalance) as balance from pgbench_accounts"
 
 title "4. Data changes"
-sql -c "update pgbench_accounts set abalance = abalance + 1 where aid <= 1000" \
-    -c "create table note (id int primary key, text text)" \
-    -c "insert into note values (1, 'written on a backup')" \
-    -c "checkpoint"
+sql "update pgbench_accounts set abalance = abalance + 1 where aid <= 1000"
+sql "create table note as select 1 as id, 'written on a backup' as text"
+sql "checkpoint"
 note "what that cost:"
-show pbkfs stat -D mnt
-show du -sh backup diff diff/objects diff/pg_wal
+say_command "pbkfs stat -D mnt | head -n 6"
+pbkfs stat -D mnt >statistics
+run head -n 6 statistics
+show du -sh backup diff
+show du -sh diff/objects diff/pg_wal
 
 title "5. The backup was not touched"
 after=$(sum_of backup)
@@ -143,7 +152,8 @@ show pbkfs stop -D mnt
 show pbkfs unmount -D mnt
 show pbkfs mount -D mnt -d diff --wait
 start
-sql -c "select * from note" -c "select sum(abalance) as balance from pgbench_accounts"
+sql "select * from note"
+sql "select sum(abalance) as balance from pgbench_accounts"
 [ "$(psql -X -A -t -d "$uri" -c 'select sum(abalance) from pgbench_accounts')" = 1000 ]
 
 title "7. Cleaned up"
