@@ -26,7 +26,8 @@ def pgdata_option(function: Function) -> Function:
         required=True,
         envvar="PBKFS_PGDATA",
         metavar="DIR",
-        type=click.Path(path_type=Path),
+        # What is there and may be read is open_cluster's to say, and better.
+        type=click.Path(path_type=Path, readable=False),
         help="The mount point, or any other PGDATA.",
     )(function)
 
