@@ -1,8 +1,8 @@
 """A mount being served: the fuse descriptor, the native dispatcher and pyfuse3, and their end.
 
 Owned by the worker. ``mount`` comes after the last fork; ``serve`` is a trio task, and starts the
-native threads. All methods belong to the trio thread but for ``unmount``, ``counters`` and
-``reset_counters``, which any thread may call.
+native threads. All methods belong to the trio thread but for ``unmount``, ``invalidate``,
+``counters`` and ``reset_counters``, which any thread may call.
 """
 
 from __future__ import annotations
@@ -146,6 +146,14 @@ class Session:
             mounting.detach(self._mountpoint)
         else:
             mounting.unmount(self._mountpoint)
+
+    def invalidate(self, ino: int, offset: int = 0, length: int = 0) -> None:
+        """Have the kernel drop what it cached of a file; dirty pages are written back before.
+
+        Does not wait for it. ``length`` 0 means to the end. Raises OSError when not serving.
+        """
+        assert self._dispatcher is not None, "mount comes first"
+        self._dispatcher.invalidate(ino, offset, length)
 
     def counters(self) -> dict[str, int]:
         """Return requests by kind, and the state of the queues."""
