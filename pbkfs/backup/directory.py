@@ -157,7 +157,7 @@ class DirectoryBase(Base):
         try:
             return self._keep(os.open(self._path, _OPEN_DIRECTORY))
         except FileNotFoundError as error:
-            raise NotFoundError(f"the base {path} does not exist") from error
+            raise NotFoundError(f"the base {path} does not exist", hint=_NO_PGDATA_HINT) from error
         except NotADirectoryError as error:
             raise NotFoundError(f"the base {path} is not a directory") from error
 

@@ -123,7 +123,7 @@ def run(arguments: list[str]) -> int:
         return 2
     except (BrokenPipeError, SystemExit):
         # The reader of our output is gone (``pbkfs list | head -1``); only then does click exit by
-        # itself here. The interpreter must not try to flush what is left. 141 is a shell's 128 + 13.
+        # itself here. The interpreter must not flush what is left. 141 is a shell's 128 + 13.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:

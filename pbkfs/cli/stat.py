@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,27 @@ def command(
     debug: bool,  # noqa: ARG001 - read by main
 ) -> None:
     """Show what a mount holds, costs and does. The numbers come from its worker, now."""
-    from pbkfs.mount import control
     from pbkfs.mount.target import find_target
 
     path = find_target(mountpoint, diff).diff
+    with suppress(KeyboardInterrupt) if watch_s is not None else nullcontext():
+        _show(path, output, is_reset=counters_reset, every_s=watch_s)
+
+
+def _show(path: Path, output: str, *, is_reset: bool, every_s: float | None) -> None:
+    from pbkfs.mount import control
+
     while True:
-        found = control.call(path, "stat", reset=counters_reset)["stat"]
+        found = control.call(path, "stat", reset=is_reset)["stat"]
         if output == "json":
             echo_json(found)
         else:
-            if watch_s is not None and is_terminal():
+            if every_s is not None and is_terminal():
                 click.clear()
             click.echo(format_statistics(found))
-        if watch_s is None:
+        if every_s is None:
             return
-        try:
-            time.sleep(watch_s)
-        except KeyboardInterrupt:
-            return
+        time.sleep(every_s)
 
 
 def format_statistics(found: dict[str, Any]) -> str:

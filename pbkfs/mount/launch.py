@@ -134,7 +134,7 @@ def _await_report(
             pid = int(message["pid"])
             if message["event"] == "ok":
                 break
-        if wait and not _answers(opened.place.path.stat, deadline):
+        if wait and not _answers(lambda: os.statvfs(opened.place.path), deadline):
             return Launched("in progress", pid)
         return Launched("ready", pid)
     except KeyboardInterrupt:

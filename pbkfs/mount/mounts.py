@@ -84,7 +84,8 @@ def find_diff(diff: Path) -> MountEntry | None:
 def endpoint_is_dead(mountpoint: Path) -> bool:
     """Return whether the mount answers ENOTCONN. Touches the mount: it may hang if that hangs."""
     try:
-        os.stat(mountpoint)
+        # Not stat: the kernel keeps attributes for as long as the mount is listed.
+        os.statvfs(mountpoint)
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False

@@ -110,7 +110,8 @@ def open_mount(request: MountRequest) -> OpenMount:
         owner = choose_owner(request.owner, bound.owner if bound else None, base.owner)
         allow_other = choose_allow_other(request.allow_other, owner)
         if os.geteuid() == 0:
-            warnings += _check_reach(owner, place.path, diff_path)
+            is_asked = request.owner is not None
+            warnings += _check_reach(owner, place.path, diff_path, is_asked=is_asked)
         with host_errors(diff_path):
             made = _make_directories(diff_path)
         undo.callback(wipe.remove_made, made)
@@ -201,17 +202,14 @@ def _make_directories(diff: Path) -> list[Path]:
 
 
 def _check_reach(
-    owner: tuple[int, int], mountpoint: Path, diff: Path
+    owner: tuple[int, int], mountpoint: Path, diff: Path, *, is_asked: bool
 ) -> list[tuple[str, str | None]]:
     """Return a warning for each place that the owner, who will run the server, can't get to."""
     warnings: list[tuple[str, str | None]] = []
     if owner[0] == 0:
-        warnings.append(
-            (
-                "the files will belong to root, who can't run a server",
-                "Give the server's user: --owner USER.",
-            )
-        )
+        if not is_asked:
+            said = "the files will belong to root, who can't run a server"
+            warnings.append((said, "Give the server's user: --owner USER."))
         return warnings
     for name, path in (("mount point", mountpoint), ("diff", diff)):
         blocked = _first_closed(path, owner, is_included=path == diff)

@@ -7,6 +7,7 @@ the tree's own. Frozen, so that it can be compared and sent.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,10 @@ def measure_disk(diff: Path) -> DiskUse:
                 found = os.lstat(os.path.join(directory, name))
             except FileNotFoundError:
                 continue
-            is_journal = not parts and name == "journal"
-            sizes["journal" if is_journal else part] += found.st_blocks * 512
-        if part == "objects":
-            n_objects += len(files)
+            is_object = part == "objects" and stat.S_ISREG(found.st_mode)
+            n_objects += is_object
+            if not parts and name == "journal":
+                sizes["journal"] += found.st_blocks * 512
+            else:
+                sizes["" if part == "objects" and not is_object else part] += found.st_blocks * 512
     return DiskUse(sizes["objects"], sizes["journal"], sizes["pg_wal"], sizes[""], n_objects)

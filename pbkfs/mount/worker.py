@@ -85,6 +85,8 @@ def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
     A failure before the mount point answers is reported, and a new diff taken away again.
     """
     worker = Worker(opened, report)
+    # Until the log is set up, what goes wrong is for the report alone.
+    logging.getLogger().addHandler(logging.NullHandler())
     try:
         log_fd = configure_log(opened, is_console=is_console)
         if not is_console:

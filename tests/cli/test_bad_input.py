@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from fix_mounts import run_pbkfs
 from fix_place import Place, snapshot
+from machine import ROOT
 
 from pbkfs import errors
 from pbkfs.mount import lock
@@ -222,8 +224,10 @@ def in_own_mounts(script: str, *args: str | Path) -> subprocess.CompletedProcess
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="hides a device in a mount namespace")
 def test_no_fuse_device(at: Place) -> None:
+    (at.root / "dev").mkdir()
     done = in_own_mounts(
-        'mount -t tmpfs none /dev; shift; exec "$@"', "",
+        "touch $1/null; mount --bind /dev/null $1/null; mount --rbind $1 /dev;"
+        'shift; exec "$@"', at.root / "dev",
         sys.executable, "-m", "pbkfs", "mount", "--empty", "-D", at.mnt, "-d", at.diff / "deep",
     )  # fmt: skip
     assert done.returncode == errors.HostError.exit_code, done.stderr
@@ -236,7 +240,7 @@ def test_no_fuse_device(at: Place) -> None:
 def test_no_fusermount3(at: Place) -> None:
     at.root.chmod(0o777)
     at.mnt.chmod(0o777)
-    user = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    user = [shutil.which("setpriv") or "", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
     done = subprocess.run(
         [*user, sys.executable, "-m", "pbkfs", "mount", "--empty", "-D", at.mnt, "-d", at.diff],
         env={**os.environ, "PATH": "/nonexistent"},
@@ -253,7 +257,7 @@ def test_no_fusermount3(at: Place) -> None:
 def test_user_may_not_give_files_away(at: Place) -> None:
     at.root.chmod(0o777)
     at.mnt.chmod(0o777)
-    user = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    user = [shutil.which("setpriv") or "", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
     done = subprocess.run(
         [*user, sys.executable, "-m", "pbkfs", "mount", "--empty", "-D", at.mnt, "-d", at.diff,
          "--owner", "1:1"],
@@ -291,7 +295,7 @@ def test_bug_in_the_worker_is_told_with_its_traceback(at: Place) -> None:
     )
     done = run_pbkfs(
         "mount", "--empty", "-D", at.mnt, "-d", at.diff, check=False,
-        PYTHONPATH=str(site), XDG_STATE_HOME=str(at.root / "state"),
+        PYTHONPATH=f"{site}:{ROOT}", XDG_STATE_HOME=str(at.root / "state"),
     )  # fmt: skip
     assert done.returncode == 1
     assert "ZeroDivisionError: oops" in done.stderr
@@ -311,7 +315,7 @@ def test_worker_that_dies_without_a_word(at: Place) -> None:
         "wal.move_out = broken\n"
     )
     done = run_pbkfs(
-        "mount", "--empty", "-D", at.mnt, "-d", at.diff, check=False, PYTHONPATH=str(site)
+        "mount", "--empty", "-D", at.mnt, "-d", at.diff, check=False, PYTHONPATH=f"{site}:{ROOT}"
     )
     assert done.returncode == errors.HostError.exit_code
     assert "died before it had mounted" in done.stderr

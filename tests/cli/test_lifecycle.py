@@ -272,7 +272,7 @@ def test_stat(at: Place, base: Path) -> None:
     assert found["overlay"]
     assert found["fuse"]
     text = run_pbkfs("stat", "-d", at.diff).stdout
-    assert f"mount point:  {at.mnt}" in text
+    assert f"mount point: {at.mnt}" in text
     assert "1 files, 8 KiB" in text
 
 
