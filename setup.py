@@ -1,6 +1,7 @@
 """Builds pbkfs._native: the C core and its binding. Everything else is in pyproject.toml.
 
-PBKFS_WERROR=1 turns warnings into errors (CI). PBKFS_ZLIB=1 leaves libdeflate aside where it is installed.
+PBKFS_WERROR=1 turns warnings into errors (CI). PBKFS_ZLIB=1 leaves libdeflate aside where it is
+installed.
 """
 
 import os

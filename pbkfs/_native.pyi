@@ -1,11 +1,14 @@
 """The native half: page reads and writes, the journal's page records, the dispatcher.
 
-Errors are OSError with an errno unless said otherwise. Every method that can wait for a disk or a lock gives
-up the GIL. Descriptors stay the caller's and have to outlive the object they were given to.
+Errors are OSError with an errno unless said otherwise. Every method that can wait for a disk or a
+lock gives up the GIL. Descriptors stay the caller's and have to outlive the object they were given
+to.
 """
 
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, final
+
+from typing_extensions import Buffer
 
 BLCKSZ: int
 NO_LIMIT: int  # 0xFFFFFFFF
@@ -45,13 +48,16 @@ def scan_journal(
     Returns the length of the valid prefix, the payloads of the name records (types >= 16) in order,
     and for each object (bitmap as little-endian 64-bit words, limit or NO_LIMIT, whole).
     PAGES_LIVE records count only behind a BOOT record with ``boot_id`` (16 bytes), so 16 zero bytes
-    give what a power cut would leave. Raises OSError(EIO) for what can't be a journal of this format.
+    give what a power cut would leave. Raises OSError(EIO) for what can't be a journal.
     """
 
 @final
 class Journal:
-    """Appends checksummed frames to ``fd`` at ``end``. A write or sync that fails in a way that can't be
-    taken back makes it answer the same error to everything that follows."""
+    """Appends checksummed frames to ``fd`` at ``end``.
+
+    A write or sync that fails in a way that can't be taken back makes it answer an error to
+    everything that follows.
+    """
 
     def __new__(cls, fd: int, end: int) -> Journal: ...
     def append(self, payload: Buffer, /) -> None:
@@ -72,7 +78,8 @@ class Nodes:
         cls, journal: Journal | None, objects_fd: int, log_fd: int, *, index_bytes: int = 64 << 20
     ) -> Nodes:
         """``log_fd`` is a pipe (or -1) that gets one line for each page that could not be read:
-        ``file=… block=… layer=… reason=…``; the path escaped, the reason free text to the end of the line."""
+        ``file=… block=… layer=… reason=…``; path and layer escaped, the reason free text to the
+        end of the line."""
     def add(self, ino: int, size: int, sources: Sequence[SourceTuple], /) -> None:
         """Register a file without an object, sources newest first. OSError(EEXIST)."""
     def attach(
@@ -87,20 +94,20 @@ class Nodes:
     ) -> None:
         """Make an existing object the top of the node.
 
-        ``bitmap`` and ``limit`` are what ``scan_journal`` has for it, None and NO_LIMIT if it has nothing.
-        ``fresh``: made by this mount just now, with the file's size; its directory entry may not be durable.
+        ``bitmap`` are the blocks that the journal records as durable (None: none). ``limit``:
+        blocks from it on never come from below; NO_LIMIT is the length of the version below. An
+        object that is shorter than that was truncated. ``fresh``: its directory entry is not known
+        to be durable, so the first fsync makes it so.
         """
     def remove(self, ino: int, /) -> None: ...
     def has(self, ino: int, /) -> bool: ...
     def has_object(self, ino: int, /) -> bool: ...
-    def stat(
-        self, ino: int, /
-    ) -> tuple[int, int, int, int, int, int, int, int, int] | None:
+    def stat(self, ino: int, /) -> tuple[int, int, int, int, int, int, int, int, int] | None:
         """Of the object: mode, uid, gid, size, atime_ns, mtime_ns, ctime_ns, blocks, nlink."""
     def size(self, ino: int, /) -> int: ...
     def read(self, ino: int, offset: int, length: int, /) -> bytes: ...
     def write(self, ino: int, offset: int, data: Buffer, /) -> int:
-        """Write all of it. OSError(ENOTSUP) without an object; of any other error a part may be written."""
+        """Write all of it. OSError(ENOTSUP) without an object; else a part may be written."""
     def truncate(self, ino: int, size: int, /) -> None: ...
     def fallocate(self, ino: int, mode: int, offset: int, length: int, /) -> None: ...
     def fsync(self, ino: int, datasync: bool, /) -> None:

@@ -54,7 +54,6 @@ struct pbk_object {
     uint64_t *durable;             /* sync_lock */
     pthread_mutex_t sync_lock;     /* one at a time makes the object durable; after the node lock, before the journal */
     bool is_fresh;                 /* sync_lock */
-    bool is_recorded;              /* sync_lock: this mount appended a PAGES or LIMIT record for it */
     uint32_t recorded_limit;       /* sync_lock: the limit that a replay of the journal would find */
     uint64_t settled_end;          /* sync_lock: journal position behind what a growth has to wait for */
     atomic_bool is_unsettled;      /* what a truncate recorded is missing or not durable: no growth before it is */
@@ -144,10 +143,8 @@ int node_truncate_locked(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t si
 
 /* node_sync.c, node lock held in any mode. */
 
-/* Data, size and page map of the object are durable, but for the journal's end. must_record: leave a record even if no block
- * is new. */
-int node_sync_object(struct pbk_node *node, bool datasync, bool must_record);
-/* After a truncate: as above, and the file can't grow before the journal up to here is durable. */
+/* After a truncate: object and page records are written out, and the file can't grow before the journal up to here is
+ * durable. */
 int node_record_truncate(struct pbk_node *node);
 /* Before the file grows: waits for that, or the blocks that come back could be old ones. */
 int node_settle(struct pbk_node *node);

@@ -85,8 +85,8 @@ static int sync_data(struct pbk_node *node, bool datasync)
     return err;
 }
 
-/* With sync_lock held. */
-static int sync_object_locked(struct pbk_node *node, bool datasync, bool must_record)
+/* Data, size and page map of the object are durable, but for the journal's end. sync_lock held. */
+static int sync_object_locked(struct pbk_node *node, bool datasync)
 {
     struct pbk_object *object = node->object;
     struct pbk_journal *journal = node->nodes->journal;
@@ -98,7 +98,7 @@ static int sync_object_locked(struct pbk_node *node, bool datasync, bool must_re
     if (err)
         goto out;
     bool is_dirty = atomic_exchange(&object->file.is_dirty, false);
-    if (is_dirty || list.n > 0 || object->is_fresh || must_record || !datasync)
+    if (is_dirty || list.n > 0 || object->is_fresh || !datasync)
         err = sync_data(node, datasync);
     if (err == 0 && object->is_fresh) {
         err = sync_directory(node);
@@ -107,11 +107,10 @@ static int sync_object_locked(struct pbk_node *node, bool datasync, bool must_re
     }
     if (err)
         goto out;
-    if (journal != NULL && (list.n > 0 || must_record)) {
+    if (journal != NULL && list.n > 0) {
         err = pbk_journal_append_pages(journal, PBK_RECORD_PAGES, object->id, list.ranges, list.n);
         if (err)
             goto out;
-        object->is_recorded = true;
     }
     for (size_t i = 0; i < list.n; i++) {
         for (uint32_t k = 0; k < list.ranges[i].count; k++) {
@@ -125,7 +124,6 @@ static int sync_object_locked(struct pbk_node *node, bool datasync, bool must_re
         if (err)
             goto out;
         object->recorded_limit = object->limit;
-        object->is_recorded = true;
     }
 out:
     if (err)
@@ -134,20 +132,12 @@ out:
     return err;
 }
 
-int node_sync_object(struct pbk_node *node, bool datasync, bool must_record)
-{
-    pthread_mutex_lock(&node->object->sync_lock);
-    int err = must_record && node->object->is_recorded ? 0 : sync_object_locked(node, datasync, must_record);
-    pthread_mutex_unlock(&node->object->sync_lock);
-    return err;
-}
-
 int node_record_truncate(struct pbk_node *node)
 {
     struct pbk_object *object = node->object;
     pthread_mutex_lock(&object->sync_lock);
     atomic_store(&object->is_unsettled, true);
-    int err = sync_object_locked(node, true, false);
+    int err = sync_object_locked(node, true);
     if (err == 0 && node->nodes->journal != NULL)
         object->settled_end = pbk_journal_end(node->nodes->journal);
     pthread_mutex_unlock(&object->sync_lock);
@@ -164,7 +154,7 @@ int node_settle(struct pbk_node *node)
     pthread_mutex_lock(&object->sync_lock);
     if (atomic_load(&object->is_unsettled)) {
         if (object->limit < object->recorded_limit)
-            err = sync_object_locked(node, true, false);
+            err = sync_object_locked(node, true);
         if (err == 0 && journal != NULL)
             err = pbk_journal_sync_to(journal, object->settled_end);
         if (err == 0)
@@ -180,8 +170,11 @@ int pbk_node_fsync(struct pbk_node *node, bool datasync)
     int err = 0;
     count(&nodes->counters.fsyncs, 1);
     pthread_rwlock_rdlock(&node->lock);
-    if (node->object != NULL)
-        err = node_sync_object(node, datasync, false);
+    if (node->object != NULL) {
+        pthread_mutex_lock(&node->object->sync_lock);
+        err = sync_object_locked(node, datasync);
+        pthread_mutex_unlock(&node->object->sync_lock);
+    }
     pthread_rwlock_unlock(&node->lock);
     if (err == 0 && nodes->journal != NULL)
         err = pbk_journal_sync(nodes->journal);

@@ -280,16 +280,9 @@ static int keep_cut_block(struct pbk_node *node, struct pbk_ctx *ctx, int fd, ui
 static int shrink_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t size)
 {
     struct pbk_object *object = node->object;
-    struct pbk_journal *journal = node->nodes->journal;
     bool is_merged = false;
 
     int err = keep_cut_block(node, ctx, fd, size, &is_merged);
-    if (err == 0 && size < node->below_size && journal != NULL) {
-        /* An object without any record that is shorter than its version below is taken for one whose size got lost. */
-        err = node_sync_object(node, true, true);
-        if (err == 0)
-            err = pbk_journal_sync(journal);
-    }
     if (err == 0)
         err = pbk_ftruncate(fd, size);
     if (err)

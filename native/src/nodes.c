@@ -290,6 +290,7 @@ static int init_bitmaps(struct pbk_object *object, const struct pbk_attach *atta
         if (i == n_words - 1 && limit % 64 != 0)
             word &= (UINT64_C(1) << (limit % 64)) - 1;
         atomic_init(&object->present[i], word);
+        object->durable[i] = word;
     }
     return 0;
 }
@@ -335,13 +336,6 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
     }
     err = fstat(fd, &st) == 0 ? 0 : -errno;
     uint64_t size = err ? 0 : (uint64_t)st.st_size;
-    if (err == 0 && attach->is_mapped && !attach->is_fresh && attach->bitmap == NULL && attach->limit == PBK_NO_LIMIT &&
-        size < node->below_size) {
-        /* Before an object is truncated for the first time a record of it is made durable. So this one was not truncated: the
-         * machine died before the size it was made with reached the disk. */
-        err = pbk_ftruncate(fd, node->below_size);
-        size = node->below_size;
-    }
     pbk_file_release(&nodes->files, &object->file);
     if (err)
         goto fail;

@@ -51,7 +51,8 @@ void pbk_nodes_free(struct pbk_nodes *);  /* nobody holds a node any more */
 int pbk_nodes_add(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs, unsigned n_specs);
 int pbk_nodes_remove(struct pbk_nodes *, uint64_t ino); /* -ENOENT */
 
-/* What the journal says about an object that becomes the top of a node. */
+/* What the journal says about an object that becomes the top of a node. The object and its size are durable by now, so one that
+ * is shorter than the version below was truncated. All blocks in the bitmap are recorded as durable. */
 struct pbk_attach {
     uint64_t object;
     const uint8_t *bitmap; /* little-endian 64-bit words, or NULL */

@@ -1,0 +1,657 @@
+/*
+ * The core without an interpreter, for the sanitizers: mutated input for everything that reads what others wrote, and threads
+ * that read, write, cut, sync, drop indexes and close the gate at the same time. What is right byte by byte is compared with
+ * a model in tests/native.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <linux/falloc.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <zlib.h>
+
+#include "pbk/bytes.h"
+#include "pbk/crc32c.h"
+#include "pbk/inflate.h"
+#include "pbk/io.h"
+#include "pbk/journal.h"
+#include "pbk/node.h"
+#include "pbk/nodes.h"
+#include "pbk/pagestream.h"
+#include "pbk/pglz.h"
+
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #condition, errno);                          \
+            abort();                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+#define HALF (PBK_BLCKSZ / 2)
+
+/* ---- numbers and files ---- */
+
+static uint64_t next_random(uint64_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state;
+}
+
+static uint32_t below(uint64_t *state, uint32_t n)
+{
+    return (uint32_t)(next_random(state) % n);
+}
+
+static char directory[4096];
+
+static int remove_entry(const char *path, const struct stat *st, int flag, struct FTW *ftw)
+{
+    (void)st;
+    (void)flag;
+    (void)ftw;
+    return remove(path);
+}
+
+static void remove_directory(void)
+{
+    nftw(directory, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+static int open_directory(void)
+{
+    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(fd >= 0);
+    return fd;
+}
+
+static int make_file(const char *name, const void *bytes, size_t n)
+{
+    char path[8192];
+    snprintf(path, sizeof(path), "%s/%s", directory, name);
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    CHECK(fd >= 0);
+    CHECK(pbk_pwrite_full(fd, bytes, n, 0) == 0);
+    return fd;
+}
+
+static void make_object(uint64_t id, uint64_t size)
+{
+    char path[8192];
+    snprintf(path, sizeof(path), "%s/objects/%02x", directory, (unsigned)(id & 255));
+    CHECK(mkdir(path, 0700) == 0 || errno == EEXIST);
+    snprintf(path, sizeof(path), "%s/objects/%02x/%llx", directory, (unsigned)(id & 255), (unsigned long long)id);
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)size) == 0);
+    close(fd);
+}
+
+/* ---- checksums ---- */
+
+static void test_crc32c(void)
+{
+    uint64_t seed = 1;
+    uint8_t bytes[1024];
+    for (size_t i = 0; i < sizeof(bytes); i++)
+        bytes[i] = (uint8_t)next_random(&seed);
+    CHECK(pbk_crc32c(0, "123456789", 9) == 0xE3069283u);
+    for (unsigned i = 0; i < 2000; i++) {
+        size_t from = below(&seed, 64);
+        size_t n = below(&seed, (uint32_t)(sizeof(bytes) - from));
+        size_t cut = below(&seed, (uint32_t)n + 1);
+        uint32_t whole = pbk_crc32c_table(0, bytes + from, n);
+        CHECK(pbk_crc32c(0, bytes + from, n) == whole);
+        CHECK(pbk_crc32c(pbk_crc32c(0, bytes + from, cut), bytes + from + cut, n - cut) == whole);
+    }
+}
+
+/* ---- mutated input ---- */
+
+/* Copies that end where their allocation ends, so that AddressSanitizer sees a read of one byte more. */
+static uint8_t *mutate(uint64_t *seed, const uint8_t *bytes, size_t n, size_t *mutated_n)
+{
+    *mutated_n = below(seed, 4) == 0 ? below(seed, (uint32_t)n + 1) : n;
+    uint8_t *copy = malloc(*mutated_n ? *mutated_n : 1);
+    CHECK(copy != NULL);
+    memcpy(copy, bytes, *mutated_n);
+    for (unsigned k = below(seed, 4); k > 0 && *mutated_n > 0; k--) {
+        size_t at = below(seed, (uint32_t)*mutated_n);
+        copy[at] = (uint8_t)(below(seed, 2) ? next_random(seed) : copy[at] ^ 1u << below(seed, 8));
+    }
+    return copy;
+}
+
+static void test_pglz_damage(void)
+{
+    uint64_t seed = 2;
+    /* 8 literals, then matches with all kinds of overlap. */
+    uint8_t good[4096];
+    size_t n = 0;
+    size_t out = 8;
+    good[n++] = 0;
+    for (unsigned i = 0; i < 8; i++)
+        good[n++] = (uint8_t)i;
+    while (out + 8 * 40 <= PBK_BLCKSZ) {
+        good[n++] = 0xFF;
+        for (unsigned i = 0; i < 8; i++) {
+            unsigned distance = 1 + below(&seed, out > 4095 ? 4095 : (uint32_t)out);
+            good[n++] = (uint8_t)(0x0F | (distance >> 4 & 0xF0));
+            good[n++] = (uint8_t)distance;
+            good[n++] = 22;
+            out += 40;
+        }
+    }
+    uint8_t *page = malloc(out);
+    CHECK(page != NULL && pbk_pglz_decompress(good, n, page, out) == 0);
+    for (unsigned i = 0; i < 20000; i++) {
+        size_t m;
+        uint8_t *bad = mutate(&seed, good, n, &m);
+        int err = pbk_pglz_decompress(bad, m, page, out);
+        CHECK(err == 0 || err == -EIO);
+        free(bad);
+    }
+    free(page);
+}
+
+static size_t put_record(uint8_t *to, uint32_t block, const uint8_t *payload, uint32_t n)
+{
+    pbk_put_u32(to, block);
+    pbk_put_u32(to + 4, n);
+    memcpy(to + 8, payload, n);
+    return 8 + (size_t)n;
+}
+
+static int check_record(void *arg, const struct pbk_page_record *record)
+{
+    uint64_t *stored_size = arg;
+    CHECK(record->length >= 1 && record->length <= PBK_BLCKSZ);
+    CHECK(record->block < PBK_MAX_SEGMENT_BLOCKS);
+    CHECK(record->pos + 8 + record->length <= *stored_size);
+    return 0;
+}
+
+static void test_page_stream_damage(void)
+{
+    uint64_t seed = 3;
+    uint8_t stream[40 * 100];
+    uint8_t entries[41 * 24] = {0};
+    uint8_t packed[2048];
+    uint8_t payload[64] = {0};
+    size_t n = 0;
+    for (uint32_t i = 0; i < 40; i++) {
+        pbk_put_u32(entries + (size_t)i * 24 + 8, i * 3);
+        pbk_put_u32(entries + (size_t)i * 24 + 12, (uint32_t)n);
+        n += put_record(stream + n, i * 3, payload, 20 + i % 40);
+    }
+    pbk_put_u32(entries + 40 * 24 + 12, (uint32_t)n);
+    struct pbk_inflater *inflater = pbk_inflater_new();
+    CHECK(inflater != NULL);
+    for (unsigned i = 0; i < 4000; i++) {
+        struct pbk_page_walk walk;
+        size_t m;
+        uint8_t *bad = mutate(&seed, stream, n, &m);
+        uint64_t stored_size = below(&seed, 3) ? m : below(&seed, 5000);
+        int fd = make_file("stream", bad, m);
+        int err = pbk_pages_walk(fd, stored_size, below(&seed, 2), check_record, &stored_size, &walk);
+        CHECK(err == 0 || (err == -EIO && walk.reason != NULL));
+        close(fd);
+        free(bad);
+
+        /* Damage before the compression gets past the inflater, damage behind it mostly does not. */
+        uint8_t *bad_entries = mutate(&seed, entries, sizeof(entries), &m);
+        uLongf packed_n = sizeof(packed);
+        CHECK(compress(packed, &packed_n, bad_entries, m) == Z_OK);
+        uint32_t crc = pbk_crc32c(0, bad_entries, m);
+        free(bad_entries);
+        size_t packed_m = packed_n;
+        uint8_t *bad_packed = packed;
+        bool is_mutated = below(&seed, 2);
+        if (is_mutated)
+            bad_packed = mutate(&seed, packed, packed_n, &packed_m);
+        fd = make_file("map", bad_packed, packed_m);
+        stored_size = n;
+        err = pbk_headermap_walk(fd, below(&seed, 20) ? 0 : (int64_t)next_random(&seed),
+                                 below(&seed, 20) ? (int64_t)packed_m : (int64_t)next_random(&seed), crc,
+                                 below(&seed, 20) ? 40 : (uint32_t)next_random(&seed), stored_size, inflater,
+                                 check_record, &stored_size, &walk);
+        CHECK(err == 0 || (err == -EIO && walk.reason != NULL) || err == -EFBIG);
+        close(fd);
+        if (is_mutated)
+            free(bad_packed);
+    }
+    pbk_inflater_free(inflater);
+}
+
+static size_t put_frame(uint8_t *to, const uint8_t *payload, size_t n)
+{
+    pbk_put_u32(to + 4, (uint32_t)n);
+    memcpy(to + 8, payload, n);
+    pbk_put_u32(to, pbk_crc32c(0, to + 4, n + 4));
+    return 8 + n;
+}
+
+static int count_names(void *arg, const uint8_t *payload, size_t n)
+{
+    CHECK(payload[0] >= PBK_RECORD_FIRST_NAME && n >= 1);
+    ++*(unsigned *)arg;
+    return 0;
+}
+
+static void test_journal_damage(void)
+{
+    static const uint8_t boot[16] = {7};
+    uint64_t seed = 4;
+    for (unsigned i = 0; i < 3000; i++) {
+        uint8_t file[4096] = "PBKFSJNL\1";
+        size_t n = PBK_JOURNAL_HEADER;
+        for (unsigned k = 0; k < 12; k++) {
+            uint8_t payload[64];
+            size_t length = 1 + below(&seed, 60);
+            for (size_t j = 0; j < length; j++)
+                payload[j] = (uint8_t)next_random(&seed);
+            payload[0] = (uint8_t)below(&seed, 20);
+            if (payload[0] == PBK_RECORD_PAGES || payload[0] == PBK_RECORD_PAGES_LIVE) {
+                uint32_t n_ranges = below(&seed, 4);
+                length = 13 + 8 * (size_t)n_ranges;
+                pbk_put_u64(payload + 1, below(&seed, 3));
+                pbk_put_u32(payload + 9, n_ranges);
+                for (uint32_t r = 0; r < n_ranges; r++) {
+                    pbk_put_u32(payload + 13 + (size_t)r * 8, below(&seed, 1000));
+                    pbk_put_u32(payload + 17 + (size_t)r * 8, 1 + below(&seed, 100));
+                }
+            } else if (payload[0] == PBK_RECORD_LIMIT) {
+                length = 13;
+                pbk_put_u64(payload + 1, below(&seed, 3));
+            } else if (payload[0] == PBK_RECORD_BOOT) {
+                length = 17;
+                memcpy(payload + 1, boot, 16);
+            }
+            n += put_frame(file + n, payload, length);
+        }
+        size_t m;
+        uint8_t *bad = mutate(&seed, file, n, &m);
+        int fd = make_file("journal", bad, m);
+        unsigned n_names = 0;
+        struct pbk_journal_scan scan;
+        int err = pbk_journal_scan(fd, boot, count_names, &n_names, &scan);
+        CHECK(err == 0 || err == -EIO);
+        CHECK(scan.end <= m || (err == -EIO && scan.end == 0));
+        pbk_journal_scan_free(&scan);
+        close(fd);
+        free(bad);
+    }
+}
+
+/* ---- threads ---- */
+
+#define N_BLOCKS 400u
+#define N_NODES 24u
+#define BASE_STAMP 1000000u
+#define N_ROUNDS 2500u
+
+struct shared {
+    struct pbk_nodes *nodes;
+    struct pbk_journal *journal;
+    atomic_uint n_running;
+    /* What the two writers of node 1 wrote last: halves by the one, whole pages by the other. */
+    uint32_t lower[N_BLOCKS];
+    uint32_t upper[N_BLOCKS];
+};
+
+static void fill_half(uint8_t *half, uint32_t stamp)
+{
+    for (size_t i = 0; i < HALF; i += 4)
+        pbk_put_u32(half + i, stamp);
+}
+
+/* Every half has one stamp from its begin to its end: no request may see, or leave, parts of two. */
+static uint32_t check_half(const uint8_t *half)
+{
+    uint32_t stamp = pbk_get_u32(half);
+    CHECK(pbk_get_u32(half + HALF / 2) == stamp && pbk_get_u32(half + HALF - 4) == stamp);
+    return stamp;
+}
+
+static struct pbk_node *get(struct shared *s, uint64_t ino)
+{
+    struct pbk_node *node = pbk_nodes_get(s->nodes, ino);
+    CHECK(node != NULL);
+    return node;
+}
+
+static void write_at(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, const uint8_t *data, size_t n)
+{
+    CHECK(pbk_node_write(node, ctx, off, data, n) == (ssize_t)n);
+}
+
+/* Writes even halves only. Its halves and the other writer's upper halves meet in pages that are not yet in the object. */
+static void *write_halves(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    uint64_t seed = 5;
+    uint8_t half[HALF];
+    for (unsigned i = 0; i < N_ROUNDS; i++) {
+        struct pbk_node *node = get(s, 1);
+        uint32_t b = i < N_BLOCKS ? i : below(&seed, N_BLOCKS);
+        s->lower[b] = i + 1;
+        fill_half(half, s->lower[b]);
+        write_at(node, ctx, (uint64_t)b * PBK_BLCKSZ, half, HALF);
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    atomic_fetch_sub(&s->n_running, 1);
+    return NULL;
+}
+
+static void *write_upper_halves(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    uint64_t seed = 6;
+    uint8_t half[HALF];
+    for (unsigned i = 0; i < N_ROUNDS; i++) {
+        struct pbk_node *node = get(s, 1);
+        uint32_t b = i < N_BLOCKS ? i : below(&seed, N_BLOCKS);
+        s->upper[b] = i + 1;
+        fill_half(half, s->upper[b]);
+        write_at(node, ctx, (uint64_t)b * PBK_BLCKSZ + HALF, half, HALF);
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    atomic_fetch_sub(&s->n_running, 1);
+    return NULL;
+}
+
+/* Reads of all sizes; every half is of one piece. */
+static void *read_all(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(256 << 10);
+    uint64_t seed = (uint64_t)(uintptr_t)&seed;
+    struct iovec iov[40];
+    uint8_t *bytes = malloc(256 << 10);
+    CHECK(ctx != NULL && bytes != NULL);
+    while (atomic_load(&s->n_running) > 0) {
+        struct pbk_node *node = get(s, 1 + below(&seed, N_NODES));
+        uint64_t off = (uint64_t)below(&seed, N_BLOCKS) * PBK_BLCKSZ;
+        int n_iov;
+        ssize_t r = pbk_node_read(node, ctx, off, (size_t)(1 + below(&seed, 32)) * PBK_BLCKSZ, iov,
+                                  below(&seed, 2) ? 40 : 4, &n_iov);
+        CHECK(r >= 0 && r % HALF == 0);
+        size_t n = 0;
+        for (int i = 1; i < n_iov; i++) {
+            memcpy(bytes + n, iov[i].iov_base, iov[i].iov_len);
+            n += iov[i].iov_len;
+        }
+        CHECK(n == (size_t)r);
+        if (pbk_node_ino(node) == 1)
+            for (size_t i = 0; i < n; i += HALF)
+                check_half(bytes + i);
+        pbk_node_put(node);
+    }
+    free(bytes);
+    pbk_ctx_free(ctx);
+    return NULL;
+}
+
+/* Everything that runs beside: fsync, other files with all kinds of change, indexes dropped, the gate. */
+static void *disturb(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(64 << 10);
+    uint64_t seed = 8;
+    uint8_t page[PBK_BLCKSZ];
+    struct stat st;
+    CHECK(ctx != NULL);
+    memset(page, 0x5A, sizeof(page));
+    while (atomic_load(&s->n_running) > 0) {
+        struct pbk_node *node = get(s, 2 + below(&seed, N_NODES - 1));
+        uint64_t size = (uint64_t)below(&seed, N_BLOCKS) * PBK_BLCKSZ;
+        switch (below(&seed, 9)) {
+        case 0:
+            CHECK(pbk_node_truncate(node, ctx, size) == 0);
+            break;
+        case 1:
+            write_at(node, ctx, size, page, sizeof(page));
+            break;
+        case 2:
+            write_at(node, ctx, size, page, HALF);
+            break;
+        case 3:
+            CHECK(pbk_node_fsync(node, true) == 0);
+            break;
+        case 4:
+            pbk_nodes_drop_indexes(s->nodes);
+            break;
+        case 5:
+            pbk_nodes_gate_close(s->nodes);
+            CHECK(pbk_nodes_gate_open(s->nodes) == 0);
+            break;
+        case 6:
+            CHECK(pbk_node_fallocate(node, ctx, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, size, 3 * HALF) == 0);
+            break;
+        case 7:
+            CHECK(pbk_node_stat(node, &st) == 0);
+            pbk_node_opened(node);
+            pbk_node_released(node);
+            break;
+        default: {
+            struct pbk_node *first = get(s, 1);
+            CHECK(pbk_node_fsync(first, false) == 0);
+            pbk_node_put(first);
+            break;
+        }
+        }
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    return NULL;
+}
+
+static void make_store(uint8_t **stream, size_t *n)
+{
+    uint8_t page[PBK_BLCKSZ];
+    *stream = malloc((size_t)N_BLOCKS * (PBK_BLCKSZ + 8));
+    CHECK(*stream != NULL);
+    *n = 0;
+    for (uint32_t b = 0; b < N_BLOCKS; b++) {
+        fill_half(page, BASE_STAMP + b);
+        fill_half(page + HALF, BASE_STAMP + b);
+        uint8_t packed[PBK_BLCKSZ];
+        uLongf packed_n = sizeof(packed);
+        if (b % 3 == 0)
+            *n += put_record(*stream + *n, b, page, PBK_BLCKSZ);
+        else if (compress(packed, &packed_n, page, sizeof(page)) == Z_OK)
+            *n += put_record(*stream + *n, b, packed, (uint32_t)packed_n);
+    }
+}
+
+static void test_threads(void)
+{
+    struct shared s = {0};
+    uint8_t *stream;
+    size_t n;
+    pthread_t threads[5];
+    void *(*const mains[5])(void *) = {write_halves, write_upper_halves, read_all, read_all, disturb};
+    uint8_t header[PBK_JOURNAL_HEADER] = "PBKFSJNL\1";
+
+    make_store(&stream, &n);
+    close(make_file("data", stream, n));
+    free(stream);
+    int root = open_directory();
+    CHECK(mkdirat(root, "objects", 0700) == 0);
+    int objects = openat(root, "objects", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int journal_fd = make_file("journal", header, sizeof(header));
+    s.journal = pbk_journal_new(journal_fd, sizeof(header));
+    /* Room for two indexes, so that they come and go. */
+    s.nodes = pbk_nodes_new(s.journal, objects, -1, 2 * 8 * N_BLOCKS + 300);
+    CHECK(s.nodes != NULL && s.journal != NULL);
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    for (uint64_t ino = 1; ino <= N_NODES; ino++) {
+        struct pbk_source_spec spec = {.kind = PBK_SOURCE_PAGES,
+                                       .dir_fd = root,
+                                       .path = "data",
+                                       .label = "FULL",
+                                       .size = n,
+                                       .limit = PBK_NO_LIMIT,
+                                       .compress = PBK_COMPRESS_ZLIB};
+        uint64_t size = (uint64_t)N_BLOCKS * PBK_BLCKSZ;
+        CHECK(pbk_nodes_add(s.nodes, ino, size, &spec, 1) == 0);
+        CHECK(pbk_nodes_add(s.nodes, ino, size, &spec, 1) == -EEXIST);
+        struct pbk_node *node = get(&s, ino);
+        CHECK(pbk_node_write(node, ctx, 0, "x", 1) == PBK_NO_OBJECT);
+        make_object(ino * 256, size);
+        struct pbk_attach attach = {.object = ino * 256, .limit = PBK_NO_LIMIT, .is_mapped = true, .is_fresh = true};
+        CHECK(pbk_node_attach(node, ctx, &attach) == 0);
+        pbk_node_put(node);
+    }
+    atomic_store(&s.n_running, 2);
+    for (unsigned i = 0; i < 5; i++)
+        CHECK(pthread_create(&threads[i], NULL, mains[i], &s) == 0);
+    for (unsigned i = 0; i < 5; i++)
+        pthread_join(threads[i], NULL);
+
+    struct pbk_node *node = get(&s, 1);
+    struct iovec iov[2];
+    int n_iov;
+    for (uint32_t b = 0; b < N_BLOCKS; b++) {
+        CHECK(pbk_node_read(node, ctx, (uint64_t)b * PBK_BLCKSZ, PBK_BLCKSZ, iov, 2, &n_iov) == PBK_BLCKSZ);
+        CHECK(check_half(iov[1].iov_base) == s.lower[b]);
+        CHECK(check_half((uint8_t *)iov[1].iov_base + HALF) == s.upper[b]);
+    }
+    CHECK(pbk_node_fsync(node, true) == 0);
+    pbk_node_put(node);
+
+    /* The journal says the same: every block of node 1 is durable. */
+    struct pbk_journal_scan scan;
+    static const uint8_t no_boot[16];
+    CHECK(pbk_journal_scan(journal_fd, no_boot, NULL, NULL, &scan) == 0);
+    CHECK(scan.end == pbk_journal_end(s.journal) && pbk_journal_synced(s.journal) == scan.end);
+    bool is_found = false;
+    for (size_t i = 0; i < scan.n_maps; i++) {
+        if (scan.maps[i].object != 256)
+            continue;
+        is_found = true;
+        for (uint32_t b = 0; b < N_BLOCKS; b++)
+            CHECK(scan.maps[i].bits[b / 64] >> (b % 64) & 1);
+    }
+    CHECK(is_found);
+    pbk_journal_scan_free(&scan);
+
+    struct pbk_counter counters[64];
+    size_t n_counters = pbk_nodes_counters(s.nodes, counters, 64);
+    CHECK(n_counters > 10 && n_counters < 64);
+    pbk_ctx_free(ctx);
+    pbk_nodes_free(s.nodes);
+    pbk_journal_free(s.journal);
+    close(journal_fd);
+    close(objects);
+    close(root);
+}
+
+/* Whole pages against halves of the same pages: the halves that only the first writer touches must be its own. */
+static void *write_whole_pages(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    uint8_t *pages = malloc(4 * PBK_BLCKSZ);
+    CHECK(ctx != NULL && pages != NULL);
+    for (uint32_t b = 0; b + 4 <= N_BLOCKS; b += 4) {
+        struct pbk_node *node = get(s, 1);
+        for (uint32_t k = 0; k < 8; k++)
+            fill_half(pages + (size_t)k * HALF, 1);
+        write_at(node, ctx, (uint64_t)b * PBK_BLCKSZ, pages, 4 * PBK_BLCKSZ);
+        pbk_node_put(node);
+    }
+    free(pages);
+    pbk_ctx_free(ctx);
+    return NULL;
+}
+
+static void *write_some_halves(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    uint8_t half[HALF];
+    fill_half(half, 2);
+    for (uint32_t b = 0; b < N_BLOCKS; b++) {
+        struct pbk_node *node = get(s, 1);
+        write_at(node, ctx, (uint64_t)b * PBK_BLCKSZ, half, HALF);
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    return NULL;
+}
+
+static void test_whole_against_half(void)
+{
+    uint8_t *stream;
+    size_t n;
+    make_store(&stream, &n);
+    close(make_file("data", stream, n));
+    free(stream);
+    int root = open_directory();
+    int objects = openat(root, "objects", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (unsigned round = 0; round < 8; round++) {
+        struct shared s = {.nodes = pbk_nodes_new(NULL, objects, -1, 1 << 20)};
+        struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+        pthread_t threads[2];
+        uint64_t size = (uint64_t)N_BLOCKS * PBK_BLCKSZ;
+        struct pbk_source_spec spec = {.kind = PBK_SOURCE_PAGES,
+                                       .dir_fd = root,
+                                       .path = "data",
+                                       .label = "FULL",
+                                       .size = n,
+                                       .limit = PBK_NO_LIMIT,
+                                       .compress = PBK_COMPRESS_ZLIB};
+        CHECK(pbk_nodes_add(s.nodes, 1, size, &spec, 1) == 0);
+        make_object(1000000 + round, size);
+        struct pbk_attach attach = {.object = 1000000 + round, .limit = PBK_NO_LIMIT, .is_mapped = true};
+        struct pbk_node *node = get(&s, 1);
+        CHECK(pbk_node_attach(node, ctx, &attach) == 0);
+        CHECK(pthread_create(&threads[0], NULL, write_whole_pages, &s) == 0);
+        CHECK(pthread_create(&threads[1], NULL, write_some_halves, &s) == 0);
+        pthread_join(threads[0], NULL);
+        pthread_join(threads[1], NULL);
+        for (uint32_t b = 0; b < N_BLOCKS; b++) {
+            struct iovec iov[2];
+            int n_iov;
+            CHECK(pbk_node_read(node, ctx, (uint64_t)b * PBK_BLCKSZ, PBK_BLCKSZ, iov, 2, &n_iov) == PBK_BLCKSZ);
+            CHECK(check_half((uint8_t *)iov[1].iov_base + HALF) == 1);
+        }
+        pbk_node_put(node);
+        pbk_ctx_free(ctx);
+        pbk_nodes_free(s.nodes);
+    }
+    close(objects);
+    close(root);
+}
+
+int main(void)
+{
+    const char *tmp = getenv("TMPDIR");
+    snprintf(directory, sizeof(directory), "%s/pbkfs-core.XXXXXX", tmp != NULL ? tmp : "/tmp");
+    CHECK(mkdtemp(directory) != NULL);
+    atexit(remove_directory);
+    /* So few that nodes have to give their descriptors back. */
+    struct rlimit few = {.rlim_cur = 64, .rlim_max = 64};
+    CHECK(setrlimit(RLIMIT_NOFILE, &few) == 0);
+    test_crc32c();
+    test_pglz_damage();
+    test_page_stream_damage();
+    test_journal_damage();
+    test_threads();
+    test_whole_against_half();
+    return 0;
+}
