@@ -128,7 +128,7 @@ fi
 home=/root
 [ "$as" = root ] || home=/home/$as
 git -C "$checkout" bundle create -q "$root/pbkfs.bundle" HEAD
-inside "$as" git clone -q /pbkfs.bundle "$home/pbkfs"
+inside "$as" git -c init.defaultBranch=main -c advice.detachedHead=false clone -q /pbkfs.bundle "$home/pbkfs"
 rm "$root/pbkfs.bundle"
 if [ -d "${PBKFS_TEST_CATALOGS:-$checkout/../shared/catalogs}" ]; then
     mkdir "$root$home/shared"
