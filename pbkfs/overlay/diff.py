@@ -251,12 +251,13 @@ class Diff:
                         object_id, self.page_maps[object_id].bitmap
                     ):
                         self.append(payload, label="recover:pages")
+            self.sync()
             self._forget_records(named)
 
     def _cut_tail(self) -> None:
         size = os.fstat(self._journal_fd).st_size
         if size > self._end:
-            _log.warning(
+            _log.info(
                 "%s: the last %d bytes of the journal are no record and were never synced; cut off",
                 self.path,
                 size - self._end,

@@ -104,7 +104,8 @@ class Mkdir:
     def decode(cls, payload: bytes) -> Mkdir:
         path, end = _take_path(payload, 1 + _MKDIR.size)
         _expect_end(payload, end)
-        return cls(*_MKDIR.unpack_from(payload, 1), path)
+        mode, uid, gid, mtime_ns = _MKDIR.unpack_from(payload, 1)
+        return cls(mode, uid, gid, mtime_ns, path)
 
 
 @dataclass(slots=True)
@@ -122,7 +123,8 @@ class Create:
     def decode(cls, payload: bytes) -> Create:
         path, end = _take_path(payload, 1 + _OBJECT.size)
         _expect_end(payload, end)
-        return cls(*_OBJECT.unpack_from(payload, 1), path)
+        (object_id,) = _OBJECT.unpack_from(payload, 1)
+        return cls(object_id, path)
 
 
 @dataclass(slots=True)
@@ -167,7 +169,8 @@ class Symlink:
         path, end = _take_path(payload, 1 + _SYMLINK.size)
         target, end = _take(payload, end)
         _expect_end(payload, end)
-        return cls(*_SYMLINK.unpack_from(payload, 1), path, target)
+        uid, gid, mtime_ns = _SYMLINK.unpack_from(payload, 1)
+        return cls(uid, gid, mtime_ns, path, target)
 
 
 @dataclass(slots=True)
@@ -250,7 +253,8 @@ class SetAttr:
     def decode(cls, payload: bytes) -> SetAttr:
         path, end = _take_path(payload, 1 + _ATTR.size)
         _expect_end(payload, end)
-        return cls(*_ATTR.unpack_from(payload, 1), path)
+        mask, mode, uid, gid, atime_ns, mtime_ns = _ATTR.unpack_from(payload, 1)
+        return cls(mask, mode, uid, gid, atime_ns, mtime_ns, path)
 
 
 @dataclass(slots=True)

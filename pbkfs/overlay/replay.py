@@ -39,7 +39,9 @@ class Replay:
             for index, payload in enumerate(payloads):  # noqa: B007
                 self._apply(records.decode(payload))
         except (OSError, FormatError, UnicodeError) as error:
-            reason = error.strerror.lower() if isinstance(error, OSError) else str(error)
+            reason = (
+                (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            ).lower()
             record = _describe(payloads, index)
             raise DiffError(
                 f"journal of diff {diff.path} does not fit what is below it: "

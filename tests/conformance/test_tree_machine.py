@@ -1,0 +1,283 @@
+"""Random operations on a Tree without a mount: restarts, crashes, power cuts and sealed layers too.
+
+The crash of a worker loses nothing that was in the page cache. A power cut is played by cutting the
+journal back to what was synced and by another boot id; objects keep what they have, so a file may
+show any mix of the versions since its last fsync, page by page, and nothing else. Names have to be
+exactly those of the last sync.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conformance.drivers import OsDriver, TreeDriver
+from conformance.file_machine import PAGE, FileMachine, Snapshot, take_snapshot
+from conformance.plain_base import PlainBase
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from pbkfs.overlay import tree as tree_module
+from pbkfs.overlay.diff import JOURNAL, Diff, open_layers
+from pbkfs.overlay.superblock import LayerRef
+from pbkfs.overlay.tree import Tree
+
+MAX_LAYERS = 2
+
+
+class TreeMachine(FileMachine):
+    driver: TreeDriver
+
+    def start(self) -> None:
+        self.base = PlainBase(self.lower)
+        self.boot = 1
+        self.layers: list[LayerRef] = []
+        self.diff_path = self.place / "diff1"
+        self.log = os.open("/dev/null", os.O_WRONLY)
+        self.tree: Tree | None = None
+        # Of each file that ever was in the oracle: a descriptor, which keeps its inode number
+        # from being used again, and its contents since the last fsync, oldest first.
+        self.held: dict[int, int] = {}
+        self.versions: dict[int, list[bytes]] = {}
+        self.reopen()
+        self.took_all()
+
+    def stop(self) -> None:
+        self.close_tree()
+        for fd in self.held.values():
+            os.close(fd)
+        self.base.close()
+        os.close(self.log)
+
+    def reopen(self) -> None:
+        diff = Diff.open(
+            self.diff_path, self.base, layers=self.layers, boot_id=self.boot.to_bytes(16, "big")
+        )
+        self.tree = Tree(
+            self.base,
+            diff,
+            open_layers(diff),
+            owner=(os.geteuid(), os.getegid()),
+            log_fd=self.log,
+        )
+        self.driver = TreeDriver(self.tree)
+
+    def close_tree(self) -> None:
+        if self.tree is not None:
+            tree, self.tree = self.tree, None
+            tree.close()
+
+    def compare(self) -> None:
+        if self.tree is not None:  # else a restart has failed, which is reported already
+            super().compare()
+
+    def drop(self) -> None:
+        """End the tree as SIGKILL would: descriptors are closed and nothing else happens."""
+        assert self.tree is not None
+        self.tree.nodes.close()
+        for layer in self.tree._stack.layers:
+            layer.close()
+        self.tree = None
+
+    # --- what may be lost ---------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Look for files of the oracle that are new."""
+        for path in self.paths():
+            if self.oracle.stat(path).kind == "file":
+                number = self.oracle.stat(path).ino
+                if number not in self.held:
+                    fd = self.oracle.open(path, os.O_RDONLY)
+                    self.held[number] = fd
+                    self.versions[number] = [b""]
+                    self.note(number)
+
+    def note(self, number: int) -> None:
+        fd = self.held[number]
+        content = os.pread(fd, os.fstat(fd).st_size, 0)
+        if self.versions[number][-1] != content:
+            self.versions[number].append(content)
+
+    def changed(self, oracle_handle: int | None, path: bytes | None = None) -> None:
+        self.hold()
+        if oracle_handle is not None:
+            self.note(os.fstat(oracle_handle).st_ino)
+        else:
+            assert path is not None
+            self.note(self.oracle.stat(path).ino)
+
+    def synced(self, oracle_handle: int | None) -> None:
+        if oracle_handle is not None:
+            number = os.fstat(oracle_handle).st_ino
+            self.versions[number] = self.versions[number][-1:]
+        self.names_synced()
+
+    def names_synced(self) -> None:
+        self.hold()
+        self.durable = take_snapshot(self.oracle)
+        self.durable_inos = {path: self.oracle.stat(path).ino for path in self.durable}
+
+    def took_all(self) -> None:
+        self.names_synced()
+        for number, versions in self.versions.items():
+            self.versions[number] = versions[-1:]
+
+    # --- rules --------------------------------------------------------------------------------
+
+    @rule()
+    def compare_all(self) -> None:
+        self.compare()
+
+    @rule()
+    def forget(self) -> None:
+        self.driver.forget_all()
+
+    @rule()
+    def reap(self) -> None:
+        assert self.tree is not None
+        self.tree.reap()
+
+    @rule()
+    def sync(self) -> None:
+        assert self.tree is not None
+        self.tree.sync()
+        self.names_synced()
+
+    @rule()
+    def drop_indexes(self) -> None:
+        assert self.tree is not None
+        self.tree.nodes.drop_indexes()
+
+    @rule()
+    def remount(self) -> None:
+        assert self.tree is not None
+        self.close_handles()
+        self.close_tree()
+        self.took_all()
+        self.reopen()
+        self.compare()
+
+    @rule()
+    def crash(self) -> None:
+        self.close_handles()
+        self.drop()
+        self.reopen()
+        self.names_synced()
+        self.compare()
+
+    @precondition(lambda self: len(self.layers) < MAX_LAYERS)
+    @rule()
+    def seal(self) -> None:
+        assert self.tree is not None
+        self.close_handles()
+        self.close_tree()
+        self.took_all()
+        uuid = Diff.sealed(self.diff_path)
+        self.layers.insert(0, LayerRef(uuid.superblock.uuid, str(self.diff_path)))
+        uuid.close()
+        self.diff_path = self.place / f"diff{len(self.layers) + 1}"
+        self.reopen()
+        self.compare()
+
+    @rule(is_in_the_middle=st.booleans())
+    def power_cut(self, is_in_the_middle: bool) -> None:
+        assert self.tree is not None
+        self.close_handles()
+        synced = self.tree._diff.journal.synced
+        self.drop()
+        with (self.diff_path / JOURNAL).open("r+b") as journal:
+            tail = journal.seek(0, os.SEEK_END) - synced
+            # A frame that is only partly there counts as little as one that is not.
+            journal.truncate(synced + (min(tail, 3) if is_in_the_middle else 0))
+        self.boot += 1
+        self.reopen()
+        found = take_snapshot(self.driver)
+        self.check_names(found)
+        self.adopt(found)
+        self.compare()
+
+    def check_names(self, found: Snapshot) -> None:
+        def names_only(snapshot: Snapshot) -> Snapshot:
+            # Mode, size and content of a file are its object's; a directory's are in the journal.
+            return {
+                path: entry
+                if entry.kind != "file"
+                else replace(entry, mode=0, size=0, content=b"", set_mtime_ns=None)
+                for path, entry in snapshot.items()
+            }
+
+        assert names_only(found) == names_only(self.durable)
+        for path, entry in found.items():
+            if entry.kind == "file":
+                self.check_content(path, entry.content, self.versions[self.durable_inos[path]])
+
+    def check_content(self, path: bytes, content: bytes, versions: list[bytes]) -> None:
+        assert len(content) in {len(version) for version in versions}, f"size of {path!r}"
+        for start in range(0, len(content), PAGE):
+            page = content[start : start + PAGE]
+            allowed = {
+                version[start : start + PAGE][: len(page)].ljust(len(page), b"\0")
+                for version in versions
+            }
+            assert page in allowed, f"page {start // PAGE} of {path!r} is of no version"
+
+    def adopt(self, found: Snapshot) -> None:
+        """Make the oracle what the power cut left."""
+        root = self.oracle.root
+        shutil.rmtree(root)
+        root.mkdir()
+        first: dict[int, Path] = {}
+        late: list[tuple[Path, int]] = []
+        for path, entry in sorted(found.items()):
+            place = root / os.fsdecode(path)
+            if entry.group in first:
+                os.link(first[entry.group], place, follow_symlinks=False)
+                continue
+            if entry.kind == "dir":
+                place.mkdir(exist_ok=True)
+                late.append((place, entry.mode))
+                continue
+            if entry.kind == "link":
+                place.symlink_to(os.fsdecode(entry.target))
+            else:
+                place.write_bytes(entry.content)
+                place.chmod(entry.mode)
+            if entry.set_mtime_ns is not None:
+                os.utime(place, ns=(0, entry.set_mtime_ns), follow_symlinks=False)
+            first[entry.group] = place
+        for place, mode in late:
+            place.chmod(mode)
+        for fd in self.held.values():
+            os.close(fd)
+        self.held.clear()
+        self.versions.clear()
+        self.names_synced()
+        # The contents need not be durable yet, but a second cut can lose no more.
+        for number, versions in self.versions.items():
+            self.versions[number] = versions[-1:]
+
+
+class TestTree(TreeMachine.TestCase):  # type: ignore[misc]
+    settings = settings(
+        max_examples=60,
+        stateful_step_count=50,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+    @pytest.fixture(autouse=True)
+    def _small_files_are_mapped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tree_module, "MAX_WHOLE_BYTES", 4 * PAGE)
+
+
+def test_oracle_counts_directories() -> None:
+    """The oracle's file system counts directories in nlink as ours does; else it is no oracle."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        os.mkdir(f"{name}/below")
+        assert OsDriver(Path(name)).stat(b"").nlink == 3
