@@ -1,8 +1,8 @@
 """The real catalogs, unpacked.
 
 ``shared_catalog(name)`` gives the one copy of a catalog that all tests of this machine share: it is
-unpacked once, found again by the hash of its archive, and must not be written to. ``catalog_store(name)``
-gives a test a copy of its own, which is removed after it.
+unpacked once, found again by the hash of its archive, and must not be written to.
+``catalog_store(name)`` gives a test a copy of its own, which is removed after it.
 """
 
 from __future__ import annotations

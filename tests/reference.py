@@ -1,9 +1,9 @@
 """A plain, slow composer of pg_probackup backups: the oracle of the fast ones.
 
-Written from the description of the format only, and sharing no code with the package: it reads every
-record of every layer from its own 8-byte header (never a header map), keeps whole files in memory
-and inflates pglz in Python. Used by the tests of bases (paths, sizes, sources) and of the native index
-(bytes).
+Written from the description of the format only, and sharing no code with the package: it reads
+every record of every layer from its own 8-byte header (never a header map), keeps whole files in
+memory and inflates pglz in Python. Used by the tests of bases (paths, sizes, sources) and of the
+native index (bytes).
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def _read_lists(layers: list[Layer], crc32c: Callable[[bytes, int], int]) -> Nam
         layers[0].read_list(crc32c, tree.add, tree.__len__)
         tree.build()
         for layer in layers[1:]:
-            layer.read_list(crc32c, lambda name: tree.find(name.path), tree.__len__)
+            layer.read_list(crc32c, lambda name: tree.find(name[1]), tree.__len__)
     except OSError as error:
         raise HostError(f"cannot read a file list: {error.strerror}") from error
     return tree

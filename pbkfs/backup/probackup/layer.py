@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 from pbkfs.backup.probackup.catalog import CONTROL_FILE, LIST_FILE, stat_key
 from pbkfs.backup.probackup.chain import LOSSY_LIST_BYTES, LOSSY_VERSIONS, Member
 from pbkfs.backup.probackup.content import (
-    LINK,
+    DIRECTORY,
     MISSING,
     Entry,
     Name,
@@ -119,27 +119,32 @@ class Layer:
         a name that occurs twice, a list that does not match content-crc.
         """
         self._resize(n_files())
-        headers_end = 0
-        for name in self._names(crc32c):
-            if name.external_dir_num:
-                count = self.n_external.get(name.external_dir_num, 0)
-                self.n_external[name.external_dir_num] = count + (name.state < LINK)
+        last_header = 0
+        for item in read_names(self._list_fd, self.list_origin, crc32c):
+            if isinstance(item, int):
+                self._check_crc(item)
                 continue
-            headers_end = max(headers_end, name.headers_end)
-            number = on_name(name)
+            offset, path, state, _, external_dir_num, headers_end = item
+            if external_dir_num:
+                count = self.n_external.get(external_dir_num, 0)
+                self.n_external[external_dir_num] = count + (state < DIRECTORY)
+                continue
+            if headers_end > last_header:
+                last_header = headers_end
+            number = on_name(item)
             if number < 0:
                 continue
             if number >= len(self.states):
                 self._resize(max(n_files(), 2 * number, 1024))
             if self.states[number] != MISSING:
                 raise FormatError(
-                    f"{self.list_origin} lists {os.fsdecode(name.path)!r} twice",
+                    f"{self.list_origin} lists {os.fsdecode(path)!r} twice",
                     hint="The backup is damaged; take another one.",
                 )
-            self.states[number] = name.state
-            self.offsets[number] = name.offset
+            self.states[number] = state
+            self.offsets[number] = offset
         self._resize(n_files())
-        self._check_header_map(headers_end)
+        self._check_header_map(last_header)
 
     def _resize(self, size: int) -> None:
         if size < len(self.states):
@@ -147,13 +152,6 @@ class Layer:
         else:
             self.offsets.extend([-1] * (size - len(self.offsets)))
             self.states.extend(bytes(size - len(self.states)))
-
-    def _names(self, crc32c: Callable[[bytes, int], int]) -> Iterator[Name]:
-        for name in read_names(self._list_fd, self.list_origin, crc32c):
-            if isinstance(name, int):
-                self._check_crc(name)
-            else:
-                yield name
 
     def _check_crc(self, crc: int) -> None:
         self.content_crc = crc

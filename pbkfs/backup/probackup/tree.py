@@ -39,8 +39,8 @@ class NameTree:
 
         Raises UnsupportedError for a file of a compressed tablespace.
         """
-        path = name.path
-        if name.is_cfs or (path.endswith(b"/pg_compression") and path.startswith(b"pg_tblspc/")):
+        _, path, state, is_cfs, _, _ = name
+        if is_cfs or (path.endswith(b"/pg_compression") and path.startswith(b"pg_tblspc/")):
             raise UnsupportedError(
                 f"{os.fsdecode(path)} belongs to a compressed tablespace (CFS)", hint=_CFS_HINT
             )
@@ -48,7 +48,7 @@ class NameTree:
         if number is None:
             number = self.numbers[path] = len(self.paths)
             self.paths.append(path)
-            self._states.append(name.state)
+            self._states.append(state)
         return number
 
     def find(self, path: bytes) -> int:

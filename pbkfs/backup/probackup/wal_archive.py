@@ -11,9 +11,9 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pbkfs.backup.base import WalSeed
 from pbkfs.errors import FormatError, HostError, NotFoundError
@@ -25,6 +25,9 @@ from pbkfs.pgdata import (
     timeline_history_name,
     wal_segment_name,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 # pg_probackup.conf of very old releases does not name it.
 DEFAULT_SEGMENT_SIZE = 16 << 20
@@ -38,10 +41,16 @@ _SEGMENT_SUFFIXES = ("", ".gz", ".gz.partial", ".partial")
 class _Segment(io.RawIOBase):
     """The bytes of one segment, exactly ``size``: unpacked, and padded if it is a partial one."""
 
-    def __init__(self, file: BinaryIO, origin: Path, size: int, *, is_partial: bool) -> None:
+    def __init__(
+        self, stored: io.BufferedReader, path: Path, size: int, *, is_partial: bool, is_packed: bool
+    ) -> None:
         super().__init__()
-        self._file = file
-        self._origin = origin
+        # A GzipFile does not close the file that it was given.
+        self._stored = stored
+        self._file: gzip.GzipFile | io.BufferedReader = stored
+        if is_packed:
+            self._file = gzip.GzipFile(fileobj=stored, mode="rb")
+        self._origin = path
         self._left = size
         self._size = size
         self._is_partial = is_partial
@@ -52,13 +61,17 @@ class _Segment(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             self._file.close()
+            self._stored.close()
         super().close()
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+    def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
+        if not view:
+            return 0
         try:
-            # One byte more than the segment has tells a file that is too long.
-            data = self._file.read(max(1, min(len(view), self._left)))
+            # One byte more than the segment has tells a file that is too long. read1, because an
+            # error would throw away what read had gathered before it.
+            data = self._file.read1(max(1, min(len(view), self._left)))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             if self._is_partial:
                 # Its writer died in the middle of a gzip member: what came before is good.
@@ -126,15 +139,21 @@ class WalArchive:
         # A link or a directory of that name is not a file of the archive.
         return status if (status.st_mode & 0o170000) == 0o100000 else None
 
-    def _opener(self, path: Path):  # type: ignore[no-untyped-def]
+    def _opener(self, path: Path) -> Callable[[], BinaryIO]:
         is_partial = path.name.endswith(".partial")
         is_packed = ".gz" in path.name
 
         def open_segment() -> BinaryIO:
-            file = _open_file(path)
-            packed: BinaryIO = gzip.GzipFile(fileobj=file, mode="rb") if is_packed else file  # type: ignore[assignment]
-            segment = _Segment(packed, path, self.segment_size, is_partial=is_partial)
-            return io.BufferedReader(segment, 1 << 20)
+            return io.BufferedReader(
+                _Segment(
+                    _open_file(path),
+                    path,
+                    self.segment_size,
+                    is_partial=is_partial,
+                    is_packed=is_packed,
+                ),
+                1 << 20,
+            )
 
         return open_segment
 
@@ -190,7 +209,7 @@ class WalArchive:
         )
 
 
-def _open_file(path: Path) -> BinaryIO:
+def _open_file(path: Path) -> io.BufferedReader:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
