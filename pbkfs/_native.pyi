@@ -129,7 +129,13 @@ class Dispatcher:
     """Answers hot FUSE requests in threads without the interpreter; forwards the others."""
 
     def __new__(
-        cls, nodes: Nodes, fuse_fd: int, *, n_readers: int = 0, n_fsync: int = 4
+        cls,
+        nodes: Nodes,
+        fuse_fd: int,
+        *,
+        n_readers: int = 0,
+        n_fsync: int = 4,
+        log_fd: int = -1,
     ) -> Dispatcher: ...
     @property
     def socket_fd(self) -> int:

@@ -144,6 +144,8 @@ static inline void pbk_count(_Atomic uint64_t *counter, uint64_t n)
 }
 
 /* dispatcher.c */
+/* To be called first by a thread that moves data. */
+void pbk_worker_begin(void);
 void pbk_dispatcher_log(struct pbk_dispatcher *, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* Answer a request: iov[0] is overwritten by the header, n_iov counts it. error is 0 or -errno (then n_iov has to be 1).
  * True if the kernel took it. */

@@ -90,6 +90,7 @@ void *pbk_pool_main(void *arg)
     struct pbk_dispatcher *d = worker->dispatcher;
     struct pbk_pool *pool = &d->pool;
 
+    pbk_worker_begin();
     pthread_mutex_lock(&pool->lock);
     while (!pool->is_closed) {
         if (pool->retry_head) {

@@ -172,6 +172,7 @@ void *pbk_reader_main(void *arg)
 {
     struct pbk_worker *worker = arg;
     struct pbk_dispatcher *d = worker->dispatcher;
+    pbk_worker_begin();
     int state;
     pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
     while (!atomic_load_explicit(&d->is_stopping, memory_order_relaxed)) {

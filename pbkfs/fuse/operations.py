@@ -11,7 +11,7 @@ import errno
 import functools
 import logging
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -38,7 +38,7 @@ _DOT, _DOT_DOT, _OWN_COOKIES = 1, 2, 2
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_Method = Callable[Concatenate["Operations", P], Awaitable[R]]
+_Method = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
 
 
 def error_number(error: BaseException) -> int:
@@ -60,7 +60,7 @@ def _answered(method: _Method[P, R]) -> _Method[P, R]:
     """Turn every failure into the errno of this one request: the mount must not die of it."""
 
     @functools.wraps(method)
-    async def wrapper(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def wrapper(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await method(self, *args, **kwargs)
         except pyfuse3.FUSEError:

@@ -8,6 +8,7 @@ native threads. All methods belong to the trio thread but for ``unmount``, ``inv
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyfuse3
 import trio
 
 from pbkfs._native import Dispatcher
+from pbkfs.errors import HostError
 from pbkfs.fuse import mounting
 from pbkfs.fuse.operations import Operations
 
@@ -50,9 +52,10 @@ class Session:
         self._allow_other = allow_other
         self._fsname = fsname
         self._subtype = subtype
-        self._fuse_fd = -1
+        self._fuse_fd = self._log_fd = self._native_log_fd = -1
         self._dispatcher: Dispatcher | None = None
         self._is_serving = False
+        self._has_answered = False
         self._closed = trio.Event()
 
     def mount(self) -> None:
@@ -69,11 +72,13 @@ class Session:
         try:
             done = mounting.tune(self._mountpoint, _BDI_SETTINGS)
             logger.debug("write-back and read-ahead of %s: %s", self._mountpoint, done or "default")
-            self._dispatcher = Dispatcher(self._tree.nodes, self._fuse_fd)
+            self._log_fd, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._native_log_fd = log_fd
+            self._dispatcher = Dispatcher(self._tree.nodes, self._fuse_fd, log_fd=log_fd)
         except BaseException:
             with contextlib.suppress(Exception):
                 mounting.detach(self._mountpoint)
-            self._close_descriptor()
+            self._close_descriptors()
             raise
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -97,26 +102,47 @@ class Session:
                 self._is_serving = True
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._wait_gone, dispatcher.event_fd)
+                    nursery.start_soon(self._pump_log)
                     nursery.start_soon(self._announce, task_status)
                     await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
                     nursery.cancel_scope.cancel()
+                if not self._has_answered:
+                    raise HostError(
+                        f"{self._mountpoint} was unmounted before it was ready",
+                        hint="See who did it, and mount again.",
+                    )
             finally:
                 self._is_serving = False
                 dispatcher.stop()
                 pyfuse3.close(unmount=False)
         finally:
-            self._close_descriptor()
+            self._drain_log()
+            self._dispatcher = None  # which frees its descriptors and lets go of the nodes
+            self._close_descriptors()
             self._closed.set()
 
     async def _announce(self, task_status: trio.TaskStatus[None]) -> None:
         # An answer of the mount point itself: INIT is through, the threads and pyfuse3 are up.
         await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        self._has_answered = True
         task_status.started()
 
     async def _wait_gone(self, event_fd: int) -> None:
         await trio.lowlevel.wait_readable(event_fd)
         logger.debug("the kernel has let go of %s", self._mountpoint)
         self.close()
+
+    async def _pump_log(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._log_fd)
+            self._drain_log()
+
+    def _drain_log(self) -> None:
+        """Log what the dispatcher's threads had to say: one line each, never expected."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._log_fd, 65536):
+                for line in data.decode(errors="backslashreplace").splitlines():
+                    logger.error("%s", line)
 
     def close(self) -> None:
         """Stop serving, whether or not the kernel has let go; ``serve`` then ends on its own.
@@ -152,19 +178,24 @@ class Session:
 
         Does not wait for it. ``length`` 0 means to the end. Raises OSError when not serving.
         """
-        assert self._dispatcher is not None, "mount comes first"
-        self._dispatcher.invalidate(ino, offset, length)
+        dispatcher = self._dispatcher
+        if dispatcher is None:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        dispatcher.invalidate(ino, offset, length)
 
     def counters(self) -> dict[str, int]:
         """Return requests by kind, and the state of the queues."""
-        return self._dispatcher.counters() if self._dispatcher is not None else {}
+        dispatcher = self._dispatcher
+        return dispatcher.counters() if dispatcher is not None else {}
 
     def reset_counters(self) -> None:
         """Set the counters of events to zero."""
-        if self._dispatcher is not None:
-            self._dispatcher.reset_counters()
+        dispatcher = self._dispatcher
+        if dispatcher is not None:
+            dispatcher.reset_counters()
 
-    def _close_descriptor(self) -> None:
-        if self._fuse_fd >= 0:
-            os.close(self._fuse_fd)
-            self._fuse_fd = -1
+    def _close_descriptors(self) -> None:
+        for fd in (self._fuse_fd, self._log_fd, self._native_log_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fuse_fd = self._log_fd = self._native_log_fd = -1
