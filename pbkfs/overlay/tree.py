@@ -701,7 +701,7 @@ class Tree:
         for inode in self._namespace.inodes.values():
             if isinstance(inode, File) and self._stack.live_piece(inode) is not None:
                 try:
-                    if self.nodes.has_object(inode.ino):
+                    if self.nodes.has(inode.ino) and self.nodes.has_object(inode.ino):
                         self.nodes.fsync(inode.ino, False)
                 except OSError as error:
                     _log.error("%s: cannot sync inode %d: %s %r %r %r", self._diff.path, inode.ino, error, self._namespace.path_of(inode), self._stack.live_piece(inode), [os.path.exists(f"{self._diff.path}/objects/%02x/%x" % (p.object_id&255,p.object_id)) for p in inode.pieces])
