@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbkfs.errors import FormatError, HostError, NotFoundError, NotRunningError, UnsupportedError
+from pbkfs.pgdata import read_control_file
 from pbkfs.postgres.account import Account, owner_of
 from pbkfs.postgres.binaries import Binaries
+
+# Source: src/include/catalog/pg_control.h, DBState.
+_DB_IN_ARCHIVE_RECOVERY = 5
 
 # recovery.signal came with 12; recovery.conf is another world.
 OLDEST_MAJOR = 12
@@ -161,6 +165,15 @@ def read_control(cluster: Cluster, binaries: Binaries) -> dict[str, str]:
             hint="The backup or the copy is not usable; check it, or take another one.",
         )
     return parse_control(output)
+
+
+def is_in_recovery(data_dir: Path) -> bool | None:
+    """Return whether pg_control says that archive recovery goes on; None if it is unreadable."""
+    try:
+        data = (data_dir / "global" / "pg_control").read_bytes()
+        return read_control_file(data).state == _DB_IN_ARCHIVE_RECOVERY
+    except (OSError, FormatError, UnsupportedError):
+        return None
 
 
 def parse_control(output: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pbkfs.errors import HostError, PostgresError, TimedOutError
 from pbkfs.postgres.binaries import Binaries
-from pbkfs.postgres.cluster import Cluster
+from pbkfs.postgres.cluster import Cluster, is_in_recovery
 from pbkfs.postgres.network import Place
 from pbkfs.postgres.postmaster import Postmaster, identify, ping, read_pid_file
 from pbkfs.postgres.recovery import Recovery, RecoveryTarget
@@ -170,14 +170,9 @@ class Launch:
             ended = self._wait_child()
             if ended is not None:
                 return self._ended(ended)
-            status = self._status()
-            is_paused = status == "standby" and self._is_paused()
-            # A server that will be promoted says "standby" on the way.
-            if status == "ready" or is_paused:
-                if self._accepts_connections():
-                    return self._started(is_paused)
-            elif time.monotonic() < deadline:
-                self._report(reporter)
+            if self._is_ready() and self._accepts_connections():
+                return self._started()
+            self._report(reporter)
             if time.monotonic() >= deadline:
                 raise TimedOutError(
                     f"the server of {self._cluster.data_dir} is not ready after "
@@ -201,6 +196,21 @@ class Launch:
         # Until the server has written its own, the file may be an earlier one's.
         return pid_file.status if pid_file and pid_file.pid == self._child.pid else ""
 
+    def _is_ready(self) -> bool:
+        # Source: postmaster.c writes "ready" as soon as it accepts connections, which a server that
+        # recovers does long before its target.
+        if self._status() != "ready":
+            return False
+        return self._recovery is None or self._is_promoted() or self._is_paused()
+
+    def _is_promoted(self) -> bool:
+        data_dir = self._cluster.data_dir
+        if is_in_recovery(data_dir) is not False:
+            return False
+        # pg_control says it an instant before the startup process lets writers in, and ends.
+        postmaster = identify(self._child.pid, data_dir)
+        return postmaster is not None and not postmaster.activity()
+
     def _is_paused(self) -> bool:
         recovery = self._recovery
         if recovery is None or recovery.target.action != "pause":
@@ -212,7 +222,7 @@ class Launch:
         activity = postmaster.activity() if postmaster else ""
         reporter.progress(activity or "starting")
 
-    def _started(self, is_paused: bool) -> Started:
+    def _started(self) -> Started:
         postmaster = identify(self._child.pid, self._cluster.data_dir)
         if postmaster is None:
             return self._ended(self._child.wait())
@@ -224,7 +234,7 @@ class Launch:
             self._place.uri(self._options.user, prefer_socket=self._options.trusts_socket),
             self._log.path,
             self._binaries,
-            is_paused,
+            self._recovery is not None and is_in_recovery(self._cluster.data_dir) is True,
         )
 
     def _ended(self, code: int) -> Started:

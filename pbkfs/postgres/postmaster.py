@@ -83,7 +83,7 @@ class Postmaster:
             title = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace")
             before, marker, rest = title.partition(": startup ")
             if marker and before.startswith(_PROGRAMS):
-                return rest.strip()
+                return rest.strip() or "recovering"
         return ""
 
     def send_signal(self, signum: int) -> bool:

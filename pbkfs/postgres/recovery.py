@@ -107,6 +107,12 @@ def parse_target(
         raise UsageError(
             f"timeline {timeline!r} is not understood", hint="Write current, latest or a number."
         )
+    if kind == "latest" and action not in (None, "promote"):
+        # Source: PostgreSQL's documentation of recovery_target_action: no effect without a target.
+        raise UsageError(
+            f"recovery to the latest cannot {action}: at the end of the archive a server promotes",
+            hint="Name a time, an LSN, an xid or a name to stop there.",
+        )
     return RecoveryTarget(
         kind,
         value,

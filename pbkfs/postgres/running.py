@@ -15,7 +15,7 @@ from pathlib import Path
 from pbkfs.errors import NotRunningError, PostgresError, TimedOutError
 from pbkfs.postgres.account import Account
 from pbkfs.postgres.binaries import Binaries, read_binaries
-from pbkfs.postgres.cluster import Cluster
+from pbkfs.postgres.cluster import Cluster, is_in_recovery
 from pbkfs.postgres.launch import Started
 from pbkfs.postgres.network import Place, remove_run_directory
 from pbkfs.postgres.postmaster import Postmaster, find_postmaster, find_survivors, read_pid_file
@@ -93,7 +93,7 @@ def read_status(cluster: Cluster, user: str = "postgres") -> Status | None:
             place = Place(pid_file.port, pid_file.listen_address, Path(pid_file.socket_dir))
     binaries = _binaries_of(running)
     answer = _ask(cluster, place, binaries, user) if place and state != "starting" else None
-    in_recovery: bool | None = {"standby": True, "ready": False}.get(state)
+    in_recovery: bool | None = is_in_recovery(cluster.data_dir)
     is_paused: bool | None = None
     lsn = None
     version = binaries.version if binaries else str(cluster.major)

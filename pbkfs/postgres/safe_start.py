@@ -115,15 +115,19 @@ def plan_safe_start(
     *,
     cluster_name: str,
     shared_buffers: str | None = None,
+    recovers: bool = False,
 ) -> SafeStart:
-    """Return how to start a server on ``cluster``. Raises PostgresError, changes nothing."""
+    """Return how to start a server on ``cluster``. Raises PostgresError, changes nothing.
+
+    ``recovers``: the caller adds a recovery target, and so decides about recovery.signal.
+    """
     plan = SafeStart()
     _plan_identity(plan, cluster, place, cluster_name)
     _plan_silence(plan, cluster.major)
     _plan_log(plan)
     _plan_files(plan, cluster, configuration)
     _plan_includes(plan, cluster, configuration)
-    _plan_signals(plan, cluster)
+    _plan_signals(plan, cluster, recovers)
     _plan_tls(plan, cluster, configuration)
     _plan_libraries(plan, configuration, binaries)
     _plan_sizes(plan, configuration, control, shared_buffers)
@@ -228,10 +232,10 @@ def _plan_includes(plan: SafeStart, cluster: Cluster, configuration: Configurati
         plan.files[str(file.relative_to(cluster.data_dir))] = "\n".join(lines)
 
 
-def _plan_signals(plan: SafeStart, cluster: Cluster) -> None:
+def _plan_signals(plan: SafeStart, cluster: Cluster, recovers: bool) -> None:
     """The copy of a standby starts as a server of its own."""
     for name in ("standby.signal", "recovery.signal"):
-        if not cluster.has(name):
+        if not cluster.has(name) or (recovers and name == "recovery.signal"):
             continue
         if not cluster.is_mount:
             what = "a standby" if name == "standby.signal" else "about to recover"

@@ -65,6 +65,7 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
             place,
             cluster_name=_cluster_name(cluster),
             shared_buffers=options.shared_buffers,
+            recovers=recovery is not None,
         )
         if options.trusts_socket:
             plan.set("hba_file", str(_write_trusting_hba(cluster)))
@@ -192,9 +193,6 @@ def _write_trusting_hba(cluster: Cluster) -> Path:
 def _plan_recovery(
     plan: SafeStart, recovery: Recovery, command: str, configuration: Configuration
 ) -> None:
-    if SIGNAL in plan.removals:
-        plan.removals.remove(SIGNAL)
-        plan.notices = [text for text in plan.notices if SIGNAL not in text]
     plan.files[SIGNAL] = recovery.signal_text()
     for name, value in recovery.settings(command):
         plan.set(name, value)

@@ -23,7 +23,9 @@ def test_start_status_stop(cluster: Cluster) -> None:
 
     status = cluster.status()
     assert (
-        status["pid"] == cluster.pid == int((cluster.pgdata / "postmaster.pid").read_text().split()[0])
+        status["pid"]
+        == cluster.pid
+        == int((cluster.pgdata / "postmaster.pid").read_text().split()[0])
     )
     assert status["port"] == cluster.port
     assert status["uri"] == cluster.uri
