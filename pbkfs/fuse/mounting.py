@@ -225,7 +225,7 @@ def tune(mountpoint: Path, settings: dict[str, str]) -> dict[str, str]:
     Only root may; without it the kernel's defaults stay, which cost speed and nothing else. Does
     not touch the mount, which need not answer yet.
     """
-    device = _find_device(mountpoint)
+    device = find_device(mountpoint)
     done: dict[str, str] = {}
     if device is None:
         return done
@@ -245,7 +245,7 @@ def tune(mountpoint: Path, settings: dict[str, str]) -> dict[str, str]:
     return done
 
 
-def _find_device(mountpoint: Path) -> str | None:
+def find_device(mountpoint: Path) -> str | None:
     """Return major:minor of what is mounted there, from the kernel's list: stat(2) might wait."""
     wanted = os.fsencode(mountpoint)
     found = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -50,13 +51,14 @@ class Served:
                 text=True,
                 env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
             )
-        self.said = self._hear()
+        self.said = self.hear()
 
     @property
     def log(self) -> str:
         return self._log.read_text()
 
-    def _hear(self) -> dict[str, Any]:
+    def hear(self) -> dict[str, Any]:
+        """Return what the process says next."""
         assert self.process.stdout is not None
         # A test that waits for an answer for ever would hide which one it is.
         timer = threading.Timer(LIMIT_S, self.process.kill)
@@ -75,7 +77,7 @@ class Served:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"op": op, **fields}) + "\n")
         self.process.stdin.flush()
-        return self._hear()
+        return self.hear()
 
     def counters(self) -> dict[str, int]:
         found: dict[str, int] = self.ask("counters")
@@ -148,6 +150,15 @@ def _plant_bug(tree: Any) -> None:
     tree.lookup = broken
 
 
+def _plant_full_disk(tree: Any) -> None:
+    """There is room for no copy-up."""
+
+    def full(_ino: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tree.copy_up = full
+
+
 async def _serve(args: argparse.Namespace, tree: Any) -> None:
     import trio
 
@@ -167,7 +178,9 @@ async def _serve(args: argparse.Namespace, tree: Any) -> None:
 
     async def obey_signals(signals: Any) -> None:
         async for _ in signals:
-            await unmount()
+            answer = await unmount()
+            if answer:
+                _say(**answer)
 
     async def answer(fields: dict[str, Any]) -> dict[str, Any]:
         match fields.pop("op"):
@@ -251,16 +264,22 @@ def main() -> int:
     parser.add_argument("--fsname")
     parser.add_argument("--allow-other", action="store_true")
     parser.add_argument("--bug", action="store_true")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--missing", action="store_true")
     parser.add_argument("--cycles", type=int)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
     import trio
 
-    before = _resources()
     tree = _make_tree(args)
+    before = _resources()
     if args.bug:
         _plant_bug(tree)
+    if args.full:
+        _plant_full_disk(tree)
+    if args.missing:
+        args.mountpoint /= "missing"
     try:
         if args.cycles is not None:
             _serve_often(args, tree)
