@@ -226,7 +226,8 @@ def test_list_says_what_can_be_mounted(catalog: str, shared_catalog: CatalogStor
         assert row.parent_id == control.get("parent-backup-id")
 
 
-@pytest.mark.parametrize("catalog", MANIFESTS)
+# A copy of a catalog is written for each: three that differ are enough, mounts try them all.
+@pytest.mark.parametrize("catalog", [name for name in MANIFESTS if name[0] in "abg"])
 def test_opening_and_guarding_leaves_the_store_as_it_was(
     catalog: str, catalog_store: CatalogStore
 ) -> None:

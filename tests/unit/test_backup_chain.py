@@ -166,9 +166,11 @@ def test_force_that_would_not_help_is_not_advised(store: Store) -> None:
 
 @pytest.mark.parametrize(
     ("version", "is_good"),
-    [("2.0.0", True), ("2.1.5", True), ("2.3.5", True), ("2.5.16", True), ("2.5.99", True)]
-    + [("1.1.17", False), ("2.6.0", False), ("3.0.0", False)],
-)
+    [
+        ("2.0.0", True), ("2.1.5", True), ("2.3.5", True), ("2.5.16", True), ("2.5.99", True),
+        ("1.1.17", False), ("2.6.0", False), ("3.0.0", False),
+    ],
+)  # fmt: skip
 def test_versions(store: Store, version: str, is_good: bool) -> None:
     backup_id = store.add(program_version=version)
     if is_good:

@@ -55,7 +55,8 @@ REAL = (
 def test_a_whole_line() -> None:
     entry = parse_line(REAL)
     assert entry == (
-        b"base/5/2619", 51234, 0o100600, True, False, 123, 1, 0, 131072, None, 16, 16, 456, 7890, 210
+        b"base/5/2619", 51234, 0o100600, True, False, 123, 1, 0, 131072, None, 16,
+        16, 456, 7890, 210,
     )  # fmt: skip
     assert entry.state == STORED
     assert names(REAL + b"\n") == [(0, b"base/5/2619", STORED, False, 0, 8100)]

@@ -1,4 +1,4 @@
-"""pg_probackup's locks: added, respected, taken away, and no trouble where nothing can be written."""
+"""pg_probackup's locks: added, respected, taken away, and left out of a store nobody may write."""
 
 from __future__ import annotations
 
