@@ -10,7 +10,8 @@ import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path)
+# Whether a path can be read is told by what reads it, with its own words and exit code.
+PATH = click.Path(path_type=Path, readable=False)
 
 
 def mountpoint_option(function: Function) -> Function:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pbkfs.backup.base import Base
 from pbkfs.errors import HostError, PbkfsError
-from pbkfs.mount import lock, wipe
+from pbkfs.mount import holders, lock, wipe
 from pbkfs.mount.base import choose_address, open_base
 from pbkfs.mount.binding import BaseAddress, Binding, read_binding
 from pbkfs.mount.lock import DiffLock
@@ -104,6 +104,11 @@ def open_mount(request: MountRequest) -> OpenMount:
     warnings: list[tuple[str, str | None]] = []
     if bound is not None and bound.mountpoint != str(place.path):
         warnings.append((f"diff {diff_path} was mounted on {bound.mountpoint} before", None))
+    if place.dead is not None:
+        users = holders.find_holders(place.dead.device, place.path)
+        if users:
+            said = f"the dead mount on {place.path} is still used by {holders.describe(users)}"
+            warnings.append((said, "End these processes: they can't reach their files any more."))
     with contextlib.ExitStack() as undo:
         base = open_base(address, force=request.force, owner=request.owner)
         undo.callback(base.close)
