@@ -176,7 +176,8 @@ static PyMethodDef dispatcher_methods[] = {
 };
 
 static PyGetSetDef dispatcher_attributes[] = {
-    {"socket_fd", (getter)dispatcher_socket_fd, NULL, "pyfuse3's end of the socketpair; owned here, hand out a dup.", NULL},
+    {"socket_fd", (getter)dispatcher_socket_fd, NULL, "pyfuse3's end of the socketpair; owned here, hand out a dup.",
+     NULL},
     {"event_fd", (getter)dispatcher_event_fd, NULL, "Readable once the kernel has let go of the connection.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -206,7 +206,8 @@ static int start_threads(struct pbk_dispatcher *d)
     pthread_setname_np(d->notifier, "pbk-notify");
     for (unsigned i = 0; i < d->n_fsync + 1; i++) {
         struct pbk_worker *worker = &d->pool_threads[i];
-        if ((error = -worker_init(d, worker, false)) || (error = pthread_create(&worker->thread, NULL, pbk_pool_main, worker)))
+        if ((error = -worker_init(d, worker, false)) ||
+            (error = pthread_create(&worker->thread, NULL, pbk_pool_main, worker)))
             return -error;
         d->n_pool_running++;
         pthread_setname_np(worker->thread, "pbk-pool");

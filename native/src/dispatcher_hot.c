@@ -13,7 +13,8 @@
 #define PARSE(into, body, length) ((length) >= sizeof(into) && memcpy(&(into), (body), sizeof(into)))
 
 /* Asks Python to copy up (a write of nothing) and parks the request until it has. */
-static void park(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body, size_t length)
+static void park(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
+                 size_t length)
 {
     struct pbk_job *job = pbk_job_new(header, body, length);
     if (!job) {
@@ -109,7 +110,8 @@ static void fallocate_file(struct pbk_worker *worker, const struct fuse_in_heade
     struct fuse_fallocate_in in;
     struct pbk_node *node = NULL;
     int error = -EIO;
-    if (!PARSE(in, body, length) || in.mode > INT32_MAX || in.offset > INT64_MAX || in.length > (uint64_t)INT64_MAX - in.offset)
+    if (!PARSE(in, body, length) || in.mode > INT32_MAX || in.offset > INT64_MAX ||
+        in.length > (uint64_t)INT64_MAX - in.offset)
         error = -EINVAL;
     else if ((node = pbk_nodes_get(d->nodes, header->nodeid)))
         error = pbk_node_fallocate(node, worker->ctx, (int)in.mode, in.offset, in.length);
@@ -150,8 +152,8 @@ static void reply_attributes(struct pbk_dispatcher *d, uint64_t unique, uint64_t
 /*
  * The time of the last write: with the write-back cache the kernel keeps it itself and sends it once in a while for every
  * written file, last before each FSYNC. It ignores the answer then (fuse_flush_times()). Anything else about attributes is
- * seldom, and Python's, because a node knows neither the number of a file's names nor what is said of its blocks; so what is
- * answered here is not valid for any time.
+ * Python's, because a node knows neither the number of a file's names nor what is said of its blocks; it is also seldom: 18
+ * GETATTR beside 1,100 writes in 10 s of pgbench's TPC-B. So what is answered here is valid for no time.
  */
 static bool set_mtime(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
                       size_t length)

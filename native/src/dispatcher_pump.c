@@ -76,8 +76,9 @@ static void drain_outbox(struct pbk_dispatcher *d)
 static bool pass_on(struct pbk_dispatcher *d, const struct fuse_out_header *header, const unsigned char *message,
                     size_t length)
 {
-    struct iovec iov[2] = {{.iov_base = NULL, .iov_len = 0},
-                           {.iov_base = (void *)(uintptr_t)(message + sizeof *header), .iov_len = length - sizeof *header}};
+    struct iovec iov[2] = {
+        {.iov_base = NULL, .iov_len = 0},
+        {.iov_base = (void *)(uintptr_t)(message + sizeof *header), .iov_len = length - sizeof *header}};
     return pbk_reply_iov(d, header->unique, header->error, iov, header->error || length == sizeof *header ? 1 : 2);
 }
 

@@ -20,9 +20,9 @@
  *   DONT_MASK           so the kernel applies the caller's umask before it sends a mode
  *   SPLICE_*            the data would pass a pipe; requests are read and answered with one system call each
  */
-#define WANTED                                                                                                           \
-    ((uint64_t)FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_DO_READDIRPLUS |         \
-     FUSE_MAX_PAGES | FUSE_CACHE_SYMLINKS | FUSE_EXPLICIT_INVAL_DATA | FUSE_WRITEBACK_CACHE | FUSE_INIT_EXT |            \
+#define WANTED                                                                                                         \
+    ((uint64_t)FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_DO_READDIRPLUS |       \
+     FUSE_MAX_PAGES | FUSE_CACHE_SYMLINKS | FUSE_EXPLICIT_INVAL_DATA | FUSE_WRITEBACK_CACHE | FUSE_INIT_EXT |          \
      FUSE_HAS_RESEND)
 
 /* More than any read-ahead: the kernel takes the smaller one of this and the device's read_ahead_kb. */

@@ -18,12 +18,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define CHECK(condition)                                                                                                 \
-    do {                                                                                                                 \
-        if (!(condition)) {                                                                                              \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                              \
-            abort();                                                                                                     \
-        }                                                                                                                \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
+            abort();                                                                                                   \
+        }                                                                                                              \
     } while (0)
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -86,8 +86,8 @@ void pbk_node_put(struct pbk_node *node)
     CHECK(atomic_fetch_sub(&node->n_refs, 1) > 0);
 }
 
-ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, size_t len, struct iovec *iov, int max_iov,
-                      int *n_iov)
+ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, size_t len, struct iovec *iov,
+                      int max_iov, int *n_iov)
 {
     if (off >= NODE_BYTES) {
         *n_iov = 1;
