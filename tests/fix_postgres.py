@@ -297,17 +297,15 @@ def _build_archived_source(programs: Programs, root: Path) -> ArchivedSource:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _pg_bindirs() -> Iterator[None]:
-    """``pbkfs start`` finds the tests' servers without being told, unless a test does."""
-    before = os.environ.get("PBKFS_PG_BINDIR")
-    os.environ["PBKFS_PG_BINDIR"] = os.pathsep.join(
-        str(postgres_bindir(major)) for major in postgres_majors()
-    )
-    yield
-    if before is None:
-        del os.environ["PBKFS_PG_BINDIR"]
-    else:
-        os.environ["PBKFS_PG_BINDIR"] = before
+def _environment() -> Iterator[None]:
+    """``pbkfs start`` finds the tests' servers and keeps sockets in the session's directory."""
+    run_dir = session_directory() / "run"
+    run_dir.mkdir(mode=0o755, exist_ok=True)
+    bindirs = os.pathsep.join(str(postgres_bindir(major)) for major in postgres_majors())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PBKFS_PG_BINDIR", bindirs)
+        patch.setenv("PBKFS_RUN_DIR", str(run_dir))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from pbkfs.postgres.cluster import Cluster, is_in_recovery
 from pbkfs.postgres.network import Place
 from pbkfs.postgres.postmaster import Postmaster, identify, ping, read_pid_file
 from pbkfs.postgres.recovery import Recovery, RecoveryTarget
+from pbkfs.postgres.wal_feeder import WalFeeder
 
 _POLL_S = 0.05
 _TAIL_LINES = 20
@@ -132,36 +133,41 @@ class PortTakenError(Exception):
 
 
 class Launch:
-    """One attempt to start the server; owns the child until it is ready."""
+    """The child that becomes the server, until it is ready. ``begin``, then ``wait``."""
 
     def __init__(
         self,
         cluster: Cluster,
         binaries: Binaries,
-        arguments: Sequence[str],
-        place: Place,
         log: ServerLog,
         recovery: Recovery | None,
+        feeder: WalFeeder | None,
         options: StartOptions,
     ) -> None:
         self._cluster = cluster
         self._binaries = binaries
-        self._place = place
         self._log = log
         self._recovery = recovery
+        self._feeder = feeder
         self._options = options
-        self._offset = log.size()
+
+    def begin(self, arguments: Sequence[str], place: Place) -> None:
+        """Run the server with ``arguments``, which say that it listens at ``place``."""
+        self._place = place
+        self._offset = self._log.size()
         self._child = subprocess.Popen(
-            [binaries.postgres, "-D", cluster.data_dir, *arguments],
+            [self._binaries.postgres, "-D", self._cluster.data_dir, *arguments],
             cwd="/",
-            env=cluster.owner.environment(),
+            env=self._cluster.owner.environment(),
             stdin=subprocess.DEVNULL,
-            stdout=log.fd,
-            stderr=log.fd,
+            stdout=self._log.fd,
+            stderr=self._log.fd,
             start_new_session=True,
             umask=0o077,
-            **cluster.owner.popen_identity(),
+            **self._cluster.owner.popen_identity(),
         )
+        if self._feeder is not None:
+            self._feeder.serve(self._child.pid)
 
     def wait(self, reporter: Reporter) -> Started:
         """Wait until the server is ready, paused at its target, or ended."""

@@ -19,9 +19,12 @@ from pbkfs.errors import BusyError, HostError, UsageError
 from pbkfs.postgres.account import Account
 
 FIRST_PORT = 5432
+RUN_DIR_VARIABLE = "PBKFS_RUN_DIR"
 _LAST_PORT = 65535
 # sockaddr_un.sun_path, less the final NUL. Source: unix(7).
 _SUN_PATH_BYTES = 107
+# What a start may leave in the run directory, beside the socket.
+_OUR_FILES = ("pg_hba.conf", "wal_file.py", "wal.sock")
 _WILDCARDS = {"*": ("0.0.0.0", "::"), "0.0.0.0": ("0.0.0.0",), "::": ("::",)}
 
 
@@ -122,6 +125,9 @@ def run_directory(data_dir: Path, account: Account) -> Path:
     PGDATA's own path is often too long for a socket, and a mount must show nothing of ours.
     """
     name = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]
+    named = os.environ.get(RUN_DIR_VARIABLE)
+    if named:
+        return Path(named).absolute() / name
     if os.geteuid() == 0 and os.access("/run", os.W_OK):
         return Path("/run/pbkfs") / name
     return Path(f"/tmp/pbkfs-{account.uid}") / name
@@ -155,7 +161,7 @@ def remove_run_directory(data_dir: Path, account: Account) -> None:
     try:
         _check_private(path, account)
         for entry in os.listdir(path):
-            if entry.startswith(".s.PGSQL.") or entry in ("pg_hba.conf", "wal_file.py"):
+            if entry.startswith(".s.PGSQL.") or entry in _OUR_FILES:
                 (path / entry).unlink()
         path.rmdir()
         path.parent.rmdir()

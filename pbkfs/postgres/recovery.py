@@ -202,32 +202,48 @@ def plan_recovery(
 # --- restore_command --------------------------------------------------------------------------
 
 
-def make_restore_command(cluster: Cluster, archive: Path | None, run_dir: Path) -> str:
+@dataclass(frozen=True, slots=True)
+class RestoreCommand:
+    """What the server runs for each WAL file; ``needs_feeder`` if it cannot read the archive."""
+
+    text: str
+    needs_feeder: bool = False
+
+
+def make_restore_command(
+    cluster: Cluster, archive: Path | None, run_dir: Path, feeder: Path
+) -> RestoreCommand:
     """Return the restore_command that fetches from ``archive``, tried as the server's user.
 
     It runs ``wal_file`` alone: without click, and where the server's user cannot reach our
     interpreter or package (a checkout below /root), a copy in ``run_dir`` with the system's one.
-    Raises HostError if that user cannot read the archive.
+    An archive that only root can read goes through a feeder at ``feeder``, if we are root. Raises
+    HostError if nothing works.
     """
     if archive is None:
-        return "false"
+        return RestoreCommand("false")
     said = "no Python that this user can run"
     for program in _programs(cluster, run_dir):
-        # -I: the working directory is PGDATA, and no module is to be found there; -S: quicker.
-        command = [*program[:1], "-I", "-S", *program[1:], "--archive", str(archive)]
-        problem = _try_as_server(cluster, [*command, "--check"])
-        if problem is None:
-            return " ".join(map(_quote, command)) + " %f %p"
-        said = problem
+        said = _try_as_server(cluster, [*program, "--archive", str(archive), "--check"]) or ""
+        if not said:
+            return RestoreCommand(_command(program, "--archive", archive))
+        if os.geteuid() == 0 and os.access(archive, os.R_OK | os.X_OK) and archive.is_dir():
+            trial = _try_as_server(cluster, [*program, "--archive", "/", "--check"])
+            if trial is None:
+                return RestoreCommand(_command(program, "--feeder", feeder), needs_feeder=True)
     raise HostError(
         f"{cluster.owner.name} cannot fetch WAL from {archive}: {said}",
         hint=f"The server runs restore_command as {cluster.owner.name}: let that user read "
-        f"{archive}, or mount with --owner as a user who can.",
+        f"{archive}, or run this as root.",
     )
 
 
-def _programs(cluster: Cluster, run_dir: Path) -> Iterator[tuple[str, str]]:
-    """Yield (interpreter, script) pairs which the server's user may run, best first."""
+def _command(program: tuple[str, ...], option: str, place: Path) -> str:
+    return " ".join(map(_quote, [*program, option, str(place)])) + " %f %p"
+
+
+def _programs(cluster: Cluster, run_dir: Path) -> Iterator[tuple[str, ...]]:
+    """Yield how the server's user may run ``wal_file``, best first."""
     script = Path(wal_file.__file__).resolve()
     interpreters = [sys.executable, os.path.realpath(sys.executable)]
     system = shutil.which("python3", path=os.defpath)
@@ -242,7 +258,8 @@ def _programs(cluster: Cluster, run_dir: Path) -> Iterator[tuple[str, str]]:
         write_for(cluster.owner, copy, script.read_bytes())
         script = copy
     for name in usable:
-        yield name, str(script)
+        # -I: the working directory is PGDATA, and no module is to be found there; -S: quicker.
+        yield name, "-I", "-S", str(script)
 
 
 def _try_as_server(cluster: Cluster, command: list[str]) -> str | None:

@@ -6,6 +6,7 @@ by the command line, in one thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -21,7 +22,6 @@ from pbkfs.postgres.launch import (
     Launch,
     PortTakenError,
     Reporter,
-    ServerLog,
     Started,
     StartOptions,
     open_log,
@@ -32,10 +32,12 @@ from pbkfs.postgres.network import (
     check_socket_directory,
     find_free_port,
     make_run_directory,
+    remove_run_directory,
 )
 from pbkfs.postgres.postmaster import find_postmaster, find_survivors, pid_is_used, read_pid_file
 from pbkfs.postgres.recovery import SIGNAL, Recovery, make_restore_command, plan_recovery
 from pbkfs.postgres.safe_start import FALLBACKS, SafeStart, plan_safe_start
+from pbkfs.postgres.wal_feeder import SOCKET_NAME, WalFeeder
 
 _PORT_TRIES = 5
 
@@ -53,10 +55,11 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
     control = read_control(cluster, binaries)
     recovery = plan_recovery(cluster, options.target, options.archive)
     configuration = read_configuration(cluster.data_dir)
-    place = _choose_place(cluster, options)
-    command = make_restore_command(cluster, recovery.archive, place.socket_dir) if recovery else ""
-    log = open_log(cluster, options.log, place.socket_dir)
-    try:
+    port = _choose_port(options)
+    run_dir = make_run_directory(cluster.data_dir, cluster.owner)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_tidy, cluster)
+        place = Place(port, options.listen_addresses, _choose_socket_dir(cluster, options, run_dir))
         plan = plan_safe_start(
             cluster,
             binaries,
@@ -68,33 +71,29 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
             recovers=recovery is not None,
         )
         if options.trusts_socket:
-            plan.set("hba_file", str(_write_trusting_hba(cluster)))
+            plan.set("hba_file", str(_write_trusting_hba(cluster, run_dir)))
+        feeder = None
         if recovery is not None:
+            feeder = _plan_recovery(cluster, plan, recovery, configuration, run_dir)
+            if feeder is not None:
+                stack.callback(feeder.close)
             if options.target is None:
                 plan.notices.append(f"going on to recover to {recovery.target.describe()}")
-            _plan_recovery(plan, recovery, command, configuration)
+        log = open_log(cluster, options.log, run_dir)
+        stack.callback(log.close)
         _prepare(cluster, binaries, plan, configuration, options)
         for text in plan.notices:
             reporter.notice(text)
-        return _launch(cluster, binaries, plan, place, log, recovery, options, reporter)
-    finally:
-        log.close()
+        launch = Launch(cluster, binaries, log, recovery, feeder, options)
+        return _launch(launch, plan, place, options, reporter)
 
 
 def _launch(
-    cluster: Cluster,
-    binaries: Binaries,
-    plan: SafeStart,
-    place: Place,
-    log: ServerLog,
-    recovery: Recovery | None,
-    options: StartOptions,
-    reporter: Reporter,
+    launch: Launch, plan: SafeStart, place: Place, options: StartOptions, reporter: Reporter
 ) -> Started:
     """Launch on the chosen port, or on the next one if somebody was faster."""
     for _ in range(_PORT_TRIES):
-        arguments = _arguments(plan, options)
-        launch = Launch(cluster, binaries, arguments, place, log, recovery, options)
+        launch.begin(_arguments(plan, options), place)
         try:
             return launch.wait(reporter)
         except PortTakenError:
@@ -109,20 +108,28 @@ def _launch(
     )
 
 
-def _choose_place(cluster: Cluster, options: StartOptions) -> Place:
-    addresses = options.listen_addresses
-    if options.port is not None:
-        check_port(addresses, options.port)
-    port = options.port or find_free_port(addresses)
-    if options.socket_dir is not None:
-        if not options.socket_dir.is_dir():
-            raise UsageError(f"socket directory {options.socket_dir} does not exist")
-        check_socket_directory(options.socket_dir)
-        check_reachable(
-            cluster.owner, options.socket_dir, "the socket directory", os.W_OK | os.X_OK
-        )
-        return Place(port, addresses, options.socket_dir)
-    return Place(port, addresses, make_run_directory(cluster.data_dir, cluster.owner))
+def _tidy(cluster: Cluster) -> None:
+    """Remove the run directory of a server that did not come up."""
+    if find_postmaster(cluster.data_dir) is None:
+        remove_run_directory(cluster.data_dir, cluster.owner)
+
+
+def _choose_port(options: StartOptions) -> int:
+    if options.port is None:
+        return find_free_port(options.listen_addresses)
+    check_port(options.listen_addresses, options.port)
+    return options.port
+
+
+def _choose_socket_dir(cluster: Cluster, options: StartOptions, run_dir: Path) -> Path:
+    named = options.socket_dir
+    if named is None:
+        return run_dir
+    if not named.is_dir():
+        raise UsageError(f"socket directory {named} does not exist")
+    check_socket_directory(named)
+    check_reachable(cluster.owner, named, "the socket directory", os.W_OK | os.X_OK)
+    return named
 
 
 def _check_not_running(cluster: Cluster) -> None:
@@ -171,12 +178,11 @@ def _cluster_name(cluster: Cluster) -> str:
     return ascii_name if len(ascii_name) < 64 else f"{ascii_name[:20]}...{ascii_name[-40:]}"
 
 
-def _write_trusting_hba(cluster: Cluster) -> Path:
+def _write_trusting_hba(cluster: Cluster, run_dir: Path) -> Path:
     """Write an hba file which trusts the local socket and else says what PGDATA's says.
 
     It lies beside the socket and not in the diff, whose top only the worker's user can write.
     """
-    directory = make_run_directory(cluster.data_dir, cluster.owner)
     text = "local all all trust\nlocal replication all trust\n"
     try:
         kept = cluster.read("pg_hba.conf").decode("utf-8", "surrogateescape")
@@ -185,21 +191,32 @@ def _write_trusting_hba(cluster: Cluster) -> Path:
     # Included files are looked for beside the file that includes them, so they cannot come along.
     if not re.search(r"(?m)^\s*include|[\s,]@|^@", kept):
         text += kept
-    path = directory / "pg_hba.conf"
+    path = run_dir / "pg_hba.conf"
     write_for(cluster.owner, path, text.encode("utf-8", "surrogateescape"))
     return path
 
 
 def _plan_recovery(
-    plan: SafeStart, recovery: Recovery, command: str, configuration: Configuration
-) -> None:
+    cluster: Cluster,
+    plan: SafeStart,
+    recovery: Recovery,
+    configuration: Configuration,
+    run_dir: Path,
+) -> WalFeeder | None:
+    """Add the target and how WAL is fetched; returns the feeder that this needs, or None."""
+    socket_path = run_dir / SOCKET_NAME
+    command = make_restore_command(cluster, recovery.archive, run_dir, socket_path)
     plan.files[SIGNAL] = recovery.signal_text()
-    for name, value in recovery.settings(command):
+    for name, value in recovery.settings(command.text):
         plan.set(name, value)
     if recovery.target.action == "pause":
+        # Only its log tells when a server pauses, so it has to speak English and to speak.
         plan.set("lc_messages", "C")
         if configuration.get("log_min_messages").lower() in ("fatal", "panic"):
             plan.set("log_min_messages", "log")
+    if not command.needs_feeder or recovery.archive is None:
+        return None
+    return WalFeeder(recovery.archive, run_dir, cluster.owner, cluster.data_dir)
 
 
 def _arguments(plan: SafeStart, options: StartOptions) -> list[str]:

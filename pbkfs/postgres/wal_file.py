@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import BinaryIO
 
+NAME_BYTES = 64
 NOT_THERE = 1
 STOP_RECOVERY = 255
 
@@ -29,6 +30,8 @@ _SEGMENT = re.compile(r"[0-9A-F]{24}")
 _FILE = re.compile(
     r"[0-9A-F]{24}(\.partial)?|[0-9A-F]{8}\.history|[0-9A-F]{24}\.[0-9A-F]{8}\.backup"
 )
+_SUFFIXES = ("", ".gz", ".gz.partial", ".partial")
+_FEEDER_LIMIT_S = 60.0
 _COPY_BYTES = 1 << 20
 _MIN_SEGMENT_BYTES = 1 << 20
 _MAX_SEGMENT_BYTES = 1 << 30
@@ -52,43 +55,68 @@ def check_archive(archive: str) -> None:
         raise ArchiveError(f"{archive}: {error.strerror}") from error
 
 
-def fetch(archive: str, name: str, destination: str) -> bool:
-    """Copy WAL file ``name`` to ``destination``, at once or not at all; False if it is not there.
+def open_source(archive: str, name: str) -> tuple[int, str] | None:
+    """Open what holds WAL file ``name``; returns (descriptor, path), or None if nothing does.
 
-    Order of the look-up: S, S.gz, S.gz.partial, S.partial (as pg_probackup archive-get). A partial
-    segment is filled up with zeros. Raises ArchiveError.
+    Order of the look-up: S, S.gz, S.gz.partial, S.partial (as pg_probackup archive-get). Raises
+    ArchiveError.
     """
     if not _FILE.fullmatch(name):
-        return False
+        return None
     check_archive(archive)
-    suffixes = [""]
-    if _SEGMENT.match(name):
-        suffixes.append(".gz")
-    if _SEGMENT.fullmatch(name):
-        suffixes += [".gz.partial", ".partial"]
-    for suffix in suffixes:
+    for suffix in _SUFFIXES if _SEGMENT.fullmatch(name) else ("",):
         source = os.path.join(archive, name + suffix)
         try:
-            fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), source
         except FileNotFoundError:
             continue
         except OSError as error:
             raise ArchiveError(f"{source}: {error.strerror}") from error
-        _copy(fd, source, destination, suffix, is_segment=_SEGMENT.fullmatch(name) is not None)
-        return True
-    return False
+    return None
 
 
-def _copy(fd: int, source: str, destination: str, suffix: str, *, is_segment: bool) -> None:
+def ask_feeder(feeder: str, name: str) -> tuple[int, str] | None:
+    """Do as ``open_source`` does, through the socket of a process that may read the archive."""
+    import socket
+
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(_FEEDER_LIMIT_S)
+            connection.connect(feeder)
+            connection.send(os.fsencode(name)[:NAME_BYTES] or b" ")
+            answer, fds, _, _ = socket.recv_fds(connection, 8192, 1)
+    except OSError as error:
+        raise ArchiveError(f"no WAL feeder answers on {feeder}: {error}") from error
+    said = os.fsdecode(answer[1:])
+    if answer[:1] == b"+" and fds:
+        return fds[0], said
+    if answer[:1] == b"-":
+        return None
+    raise ArchiveError(said or f"the WAL feeder on {feeder} ended")
+
+
+def fetch(found: tuple[int, str] | None, name: str, destination: str) -> bool:
+    """Copy WAL file ``name`` from an open descriptor to ``destination``, at once or not at all.
+
+    False if nothing was found. A partial segment is filled up with zeros. Raises ArchiveError.
+    """
+    if found is None:
+        return False
+    fd, source = found
+    _copy(fd, source, destination, is_segment=_SEGMENT.fullmatch(name) is not None)
+    return True
+
+
+def _copy(fd: int, source: str, destination: str, *, is_segment: bool) -> None:
     """Unpack ``source`` to a temporary name beside ``destination``, check it, and rename it."""
     temporary = f"{destination}.pbkfs"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    is_partial = suffix.endswith(".partial")
+    is_partial = is_segment and source.endswith(".partial")
     try:
         with os.fdopen(fd, "rb") as raw:
             target = os.open(temporary, flags, 0o600)
             try:
-                if suffix.startswith(".gz"):
+                if is_segment and source.endswith((".gz", ".gz.partial")):
                     head, n_bytes = _unpack(raw, target, source, is_partial=is_partial)
                 else:
                     head, n_bytes = _pump(raw.read, target)
@@ -153,27 +181,31 @@ def _segment_size(source: str, head: bytes) -> int:
     return size
 
 
-def run(archive: str, name: str, destination: str) -> int:
-    """Fetch ``name`` and return the exit code."""
+def run(archive: str, name: str, destination: str, *, has_feeder: bool = False) -> int:
+    """Fetch ``name`` from an archive, or from the feeder at ``archive``; return the exit code."""
     try:
-        return 0 if fetch(archive, name, destination) else NOT_THERE
+        found = ask_feeder(archive, name) if has_feeder else open_source(archive, name)
+        return 0 if fetch(found, name, destination) else NOT_THERE
     except ArchiveError as error:
         print(f"pbkfs: error: {error}", file=sys.stderr)
         return STOP_RECOVERY
 
 
 def main(arguments: list[str]) -> int:
-    """Serve ``--archive DIR NAME DEST``, and ``--archive DIR --check`` before that."""
-    try:
-        if arguments[:1] == ["--archive"] and arguments[2:] == ["--check"]:
+    """Serve ``--archive DIR NAME DEST`` or ``--feeder SOCKET NAME DEST``.
+
+    ``--archive DIR --check`` says whether the archive can be read.
+    """
+    if len(arguments) == 3 and arguments[0] == "--archive" and arguments[2] == "--check":
+        try:
             check_archive(arguments[1])
-            return 0
-    except ArchiveError as error:
-        print(f"pbkfs: error: {error}", file=sys.stderr)
-        return STOP_RECOVERY
-    if arguments[:1] == ["--archive"] and len(arguments) == 4:
-        return run(*arguments[1:])
-    print("pbkfs: error: usage: --archive DIR NAME DEST", file=sys.stderr)
+        except ArchiveError as error:
+            print(f"pbkfs: error: {error}", file=sys.stderr)
+            return STOP_RECOVERY
+        return 0
+    if len(arguments) == 4 and arguments[0] in ("--archive", "--feeder"):
+        return run(*arguments[1:], has_feeder=arguments[0] == "--feeder")
+    print("pbkfs: error: usage: --archive DIR | --feeder SOCKET, NAME DEST", file=sys.stderr)
     return STOP_RECOVERY
 
 
