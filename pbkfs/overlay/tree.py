@@ -704,7 +704,7 @@ class Tree:
                     if self.nodes.has(inode.ino) and self.nodes.has_object(inode.ino):
                         self.nodes.fsync(inode.ino, False)
                 except OSError as error:
-                    _log.error("%s: cannot sync inode %d: %s %r %r %r", self._diff.path, inode.ino, error, self._namespace.path_of(inode), self._stack.live_piece(inode), [os.path.exists(f"{self._diff.path}/objects/%02x/%x" % (p.object_id&255,p.object_id)) for p in inode.pieces])
+                    _log.error("%s: cannot sync inode %d: %s", self._diff.path, inode.ino, error)
                     first = first or error
         try:
             self.sync()
