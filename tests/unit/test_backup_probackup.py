@@ -16,7 +16,7 @@ from handmade import (
     page_stream,
     write_control,
 )
-from reference import BLCKSZ, read_sources
+from reference import BLCKSZ, Damage, read_sources
 
 from pbkfs.backup import NO_LIMIT, Kind, PageSource, RawSource, open_probackup
 from pbkfs.backup.probackup.base import ProbackupBase
@@ -197,6 +197,26 @@ def test_each_layer_is_decoded_by_its_own_version(store: Store) -> None:
         False, False, True,
     ]  # fmt: skip
     base.close()
+
+
+@pytest.mark.expect_log("size of .* is unknown")
+def test_a_length_that_cannot_be_found_is_not_zero(store: Store) -> None:
+    other = page_stream(pages("b"), compress="zlib", is_padded=True)
+    stored = page_stream(pages("aa"), compress="zlib", is_padded=True)
+    for damage in (None, stored[:-9], b"\xff" * len(stored)):
+        backup_id = store.add(
+            data_line(FILE, stored, compress_alg="zlib"),
+            data_line("base/5/16385", other, compress_alg="zlib"),
+            files={"base/5/16385": other, **({FILE: damage} if damage else {})},
+            program_version="2.2.7",
+        )
+        base = open_base(store, backup_id)
+        sizes = {entry.name: entry.size for entry in base.scandir(b"base/5")}
+        assert sizes[b"16384"] >= BLCKSZ
+        assert sizes[b"16385"] == BLCKSZ
+        with pytest.raises((Damage, OSError)):
+            read_sources(base.sources(FILE.encode()), BLCKSZ)
+        base.close()
 
 
 def test_plain_files_are_found_below(store: Store) -> None:

@@ -6,6 +6,7 @@ interface of ``backup.base``; belongs to one thread.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,8 @@ from pbkfs.pgdata import (
     parse_major,
     read_control_file,
 )
+
+logger = logging.getLogger(__name__)
 
 _DAMAGED_HINT = "The backup is damaged; take another one, or use --force."
 
@@ -158,11 +161,11 @@ class ProbackupBase(Base):
             return self._directory(name, mode)
         try:
             size = self._composition.size(number, path, entry)
-        except (FormatError, OSError):
-            # With --force the metadata may be damaged: the name is shown, reading it is an error.
-            if not self._force:
-                raise
-            size = entry.full_size or 0
+        except (FormatError, OSError) as error:
+            # One damaged file must not take the directory with it. Its length is unknown; any but
+            # zero makes a reader meet the error, where an empty file would be silently wrong.
+            logger.error("size of %r in backup %s is unknown: %s", path, layer.name, error)
+            size = entry.full_size or BLCKSZ
         return BaseEntry(name, Kind.FILE, mode, size, self._mtime_ns)
 
     def sources(self, path: bytes) -> tuple[Source, ...]:
@@ -250,6 +253,10 @@ class ProbackupBase(Base):
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
+            # While the layers' directories are still open, or the store would keep our lock file.
+            for layer, pid in self._guarded:
+                guard.remove_reader(layer.root_fd, layer.name, pid)
+            self._guarded = []
             for layer in self._layers:
                 layer.close()
 
