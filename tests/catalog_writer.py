@@ -96,8 +96,11 @@ class SourceFile:
     real: Path
 
 
-def list_state(pgdata: Path) -> Iterator[SourceFile]:
-    """Everything that a backup of the state lists, in the order of the paths; no WAL."""
+def list_state(pgdata: Path, version: tuple[int, int, int] = (2, 5, 16)) -> Iterator[SourceFile]:
+    """Everything that a backup of the state lists, but for WAL.
+
+    Old versions let main forks of unlogged relations through (seen with 2.4.10).
+    """
     stack = [("", pgdata)]
     while stack:
         prefix, directory = stack.pop()
@@ -105,7 +108,8 @@ def list_state(pgdata: Path) -> Iterator[SourceFile]:
         unlogged = {
             match[1]
             for entry in entries
-            if (match := UNLOGGED_INIT.fullmatch(entry.name))
+            if version >= (2, 5, 0)
+            and (match := UNLOGGED_INIT.fullmatch(entry.name))
             and RELATION_DIRECTORY.fullmatch(prefix.rstrip("/"))
         }
         for entry in entries:
@@ -224,7 +228,7 @@ def _store_plain_file(job: StoreJob) -> tuple[Entry, bytes]:
         and data
         and (parent.size, parent.crc, parent.full_size)[1:] == (entry.crc, len(data))
         and entry.path != "global/pg_control"
-        and name not in ("pg_filenode.map", "backup_label", "tablespace_map", "database_map")
+        and (name != "pg_filenode.map" or job.version < (2, 5, 0))
         and not entry.path.startswith("pg_wal/")
     ):
         entry.size = -1
@@ -403,7 +407,7 @@ class CatalogWriter:
         made = BackupDirectory(self.backups / backup_id, version)
         jobs = []
         tablespaces: list[str] = []
-        for source in list_state(pgdata):
+        for source in list_state(pgdata, made.version):
             if stat.S_ISDIR(source.mode):
                 made.add_directory(source.path, source.mode)
                 top, _, name = source.path.partition("/")
