@@ -130,12 +130,14 @@ def _make_tree(args: argparse.Namespace) -> Any:
     from conformance.plain_base import PlainBase
 
     from pbkfs.backup.empty import EmptyBase
+    from pbkfs.overlay import tree
     from pbkfs.overlay.diff import Diff
-    from pbkfs.overlay.tree import Tree
 
+    if args.max_whole is not None:
+        tree.MAX_WHOLE_BYTES = args.max_whole
     owner = (os.geteuid(), os.getegid())
     base = EmptyBase(owner) if args.lower is None else PlainBase(args.lower)
-    return Tree(base, Diff.open(args.diff, base), owner=owner, log_fd=2)
+    return tree.Tree(base, Diff.open(args.diff, base), owner=owner, log_fd=2)
 
 
 def _plant_bug(tree: Any) -> None:
@@ -266,6 +268,7 @@ def main() -> int:
     parser.add_argument("--bug", action="store_true")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--max-whole", type=int)
     parser.add_argument("--cycles", type=int)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
