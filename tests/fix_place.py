@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from handmade import control_file
 from pbkfs.mount import lock
 from pbkfs.mount.owner import Owner
 
+_BAD = r" (WARNING|ERROR|CRITICAL) +\["
+
 
 class Place:
     """One mount point and one diff; whatever is mounted at the end of the test is taken away."""
@@ -31,6 +34,7 @@ class Place:
         self.mnt = root / "mnt"
         self.diff = root / "diff"
         self.mnt.mkdir()
+        self.expected: list[str] = []
 
     def mount(self, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Mount an empty base, or what the arguments name."""
@@ -60,6 +64,13 @@ class Place:
         """Return the worker's log."""
         return (self.diff / "log" / "worker.log").read_text()
 
+    def unexpected(self) -> list[str]:
+        """Return the log's lines from WARNING up that match none of ``expected``."""
+        if not (self.diff / "log" / "worker.log").exists():
+            return []
+        found = [line for line in self.log().splitlines() if re.search(_BAD, line)]
+        return [line for line in found if not any(re.search(e, line) for e in self.expected)]
+
     def is_dead(self) -> bool:
         """Return whether the mount point answers ENOTCONN."""
         try:
@@ -82,6 +93,7 @@ def at(place: Path) -> Iterator[Place]:
         yield made
     finally:
         made.close()
+    assert made.unexpected() == []
 
 
 @pytest.fixture

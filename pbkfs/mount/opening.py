@@ -37,7 +37,8 @@ from pbkfs.overlay.tree import Tree
 
 logger = logging.getLogger(__name__)
 
-_HOST_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
+# What a program's own mistake gives; anything else is the machine's answer.
+_BUG_ERRNOS = (errno.EBADF, errno.EINVAL, errno.EFAULT, errno.ENOTSOCK)
 
 
 @dataclass(slots=True)
@@ -120,7 +121,8 @@ def open_mount(request: MountRequest) -> OpenMount:
         with host_errors(diff_path):
             made = _make_directories(diff_path)
         undo.callback(wipe.remove_made, made)
-        diff_lock = lock.acquire(diff_path, force=request.force)
+        with host_errors(diff_path):
+            diff_lock = lock.acquire(diff_path, force=request.force)
         undo.callback(diff_lock.close)
         is_new = not is_reused
         if is_new:
@@ -177,12 +179,16 @@ def host_errors(diff: Path) -> Iterator[None]:
     except PbkfsError:
         raise
     except OSError as error:
-        if error.errno not in _HOST_ERRNOS:
+        if error.errno is None or error.errno in _BUG_ERRNOS:
             raise
-        raise HostError(
-            f"cannot write to diff {diff}: {reason(error)}",
-            hint="A diff needs a directory that this user can write to, with space left.",
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "Free some space on the diff's file system, then try again."
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            hint = "A diff needs a directory that this user can write to."
+        else:
+            hint = "See the kernel's log (dmesg) about the disks under the diff and the base."
+        where = f" ({os.fsdecode(error.filename)})" if error.filename is not None else ""
+        raise HostError(f"cannot set up diff {diff}: {reason(error)}{where}", hint=hint) from error
 
 
 def _make_directories(diff: Path) -> list[Path]:

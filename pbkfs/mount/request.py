@@ -17,6 +17,7 @@ from pbkfs.errors import BusyError, DiffError, HostError, NotFoundError, UsageEr
 from pbkfs.mount import mounts
 from pbkfs.mount.binding import BaseAddress
 from pbkfs.mount.mounts import MountEntry
+from pbkfs.mount.target import state_of, target_of
 
 SUPERBLOCK = "superblock.json"
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -89,7 +90,7 @@ def check_mountpoint(path: Path, diff: Path) -> MountPlace:
     path = mounts.resolve(path)
     entry = mounts.find_mountpoint(path)
     if entry is not None and entry.fstype == mounts.FSTYPE:
-        if not mounts.endpoint_is_dead(path):
+        if state_of(target_of(Path(entry.source), entry)) != "dead":
             raise BusyError(
                 f"mount point {path} is already mounted, with diff {entry.source}",
                 hint=f"Unmount it first: pbkfs unmount -D {path}",

@@ -58,7 +58,7 @@ def find_target(mountpoint: Path | None, diff: Path | None) -> Target:
                 f"{path} is the mount of diff {entry.source}, not of {mounts.resolve(diff)}",
                 hint="Give the mount point or the diff, not both.",
             )
-        return _target(Path(entry.source), entry)
+        return target_of(Path(entry.source), entry)
     if diff is None:
         raise UsageError(
             "neither a mount point nor a diff is given", hint="Name one: -D MOUNTPOINT or -d DIFF."
@@ -68,7 +68,7 @@ def find_target(mountpoint: Path | None, diff: Path | None) -> Target:
         raise NotFoundError(
             f"diff {path} does not exist", hint="pbkfs list shows the diffs that are mounted."
         )
-    return _target(path, mounts.find_diff(path))
+    return target_of(path, mounts.find_diff(path))
 
 
 def state_of(target: Target) -> State:
@@ -80,7 +80,8 @@ def state_of(target: Target) -> State:
     return "dead" if mounts.endpoint_is_dead(target.entry.mountpoint) else "unknown"
 
 
-def _target(diff: Path, entry: MountEntry | None) -> Target:
+def target_of(diff: Path, entry: MountEntry | None) -> Target:
+    """Return ``diff`` with its mount and the worker on record, as far as the caller may read it."""
     try:
         owner = lock.read_owner(diff)
     except OSError:

@@ -160,6 +160,8 @@ class Worker:
         )
         for message, _ in opened.warnings:
             logger.warning("%s", message)
+        for note in opened.base.notes:
+            logger.info("%s", note)
         _raise_descriptor_limit()
         opened.base.acquire(os.getpid())
         try:
