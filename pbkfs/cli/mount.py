@@ -158,6 +158,10 @@ def command(
         raise UsageError(
             "no diff is given", hint="Name the directory that takes the changes: -d DIR."
         )
+    if log_file is not None and log_sink == "journald":
+        raise UsageError(
+            "--log-file and --log-sink journald exclude each other", hint="Leave one of them out."
+        )
     from pbkfs.mount import launch
     from pbkfs.mount.opening import open_mount
     from pbkfs.mount.request import LogOptions, MountRequest, parse_owner_option

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -29,6 +30,14 @@ _MS_NOSUID = 2
 _MS_NODEV = 4
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
+
+
+def check_host() -> None:
+    """Raise HostError where nothing can be mounted: no device, no helper. Changes nothing."""
+    if os.geteuid() == 0 or not os.path.exists(DEVICE):
+        os.close(_open_device())
+    elif shutil.which(HELPER) is None:
+        raise _no_helper()
 
 
 def open_and_mount(mountpoint: Path, *, fsname: str, subtype: str, allow_other: bool) -> int:
@@ -154,10 +163,13 @@ def _start_helper(
             errors="replace",
         )
     except FileNotFoundError as error:
-        raise HostError(
-            f"{HELPER} is not installed",
-            hint="Install the package fuse3, or run pbkfs as root.",
-        ) from error
+        raise _no_helper() from error
+
+
+def _no_helper() -> HostError:
+    return HostError(
+        f"{HELPER} is not installed", hint="Install the package fuse3, or run pbkfs as root."
+    )
 
 
 def _escape(value: str) -> str:

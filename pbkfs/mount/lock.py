@@ -35,8 +35,9 @@ class DiffLock:
     def write(self, owner: Owner) -> None:
         """Record the owner; durable, because another host may read it after our power cut."""
         data = owner.to_json()
-        os.ftruncate(self._fd, 0)
+        # In place, as a full disk may not give a block back that was let go of.
         os.pwrite(self._fd, data, 0)
+        os.ftruncate(self._fd, len(data))
         os.fsync(self._fd)
 
     def restore(self) -> None:

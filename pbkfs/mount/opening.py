@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pbkfs.backup.base import Base
 from pbkfs.errors import HostError, PbkfsError
+from pbkfs.fuse.mounting import check_host
 from pbkfs.mount import holders, lock, wipe
 from pbkfs.mount.base import choose_address, open_base
 from pbkfs.mount.binding import BaseAddress, Binding, read_binding
@@ -102,6 +103,7 @@ def open_mount(request: MountRequest) -> OpenMount:
     bound = read_binding(diff_path) if is_reused else None
     address = choose_address(request, diff_path, bound, is_reused=is_reused)
     check_places(place.path, diff_path, address)
+    check_host()
     warnings: list[tuple[str, str | None]] = []
     if bound is not None and bound.mountpoint != str(place.path):
         warnings.append((f"diff {diff_path} was mounted on {bound.mountpoint} before", None))

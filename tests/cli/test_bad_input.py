@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -180,6 +181,40 @@ def test_wal_does_not_fit(at: Place, full_disk: Path, base: Path) -> None:
     assert os.listdir(at.mnt) == []
 
 
+def test_used_diff_on_a_full_disk(at: Place, full_disk: Path) -> None:
+    (full_disk / "filler").unlink()
+    at.diff = full_disk / "diff"
+    at.mount()
+    (at.mnt / "file").write_text("kept")
+    run_pbkfs("unmount", "-D", at.mnt)
+    fill(full_disk / "filler")
+
+    def contents() -> dict[str, bytes]:
+        # Log lines and the record of this boot may still find room in a block that is there.
+        growing = ("diff/log/worker.log", "diff/journal")
+        return {k: v[2] for k, v in snapshot(full_disk).items() if k not in growing}
+
+    before = contents()
+    done = at.mount("--reuse", check=False)
+    assert done.returncode == errors.HostError.exit_code
+    assert "no space left on device" in done.stderr
+    assert contents() == before
+    at.expected = ["no space left on device"]
+    (full_disk / "filler").unlink()
+    at.mount("--reuse")
+    assert (at.mnt / "file").read_text() == "kept"
+    run_pbkfs("unmount", "-D", at.mnt)
+
+
+def fill(path: Path) -> None:
+    """Take what a file system has left."""
+    with path.open("wb", buffering=0) as file:
+        for size in (65536, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+
+
 @pytest.fixture
 def full_disk(place: Path) -> Iterator[Path]:
     """A small file system without a free block."""
@@ -189,12 +224,7 @@ def full_disk(place: Path) -> Iterator[Path]:
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", path], check=True)
     try:
-        with (path / "filler").open("wb", buffering=0) as file:
-            while True:
-                try:
-                    file.write(b"x" * 4096)
-                except OSError:
-                    break
+        fill(path / "filler")
         yield path
     finally:
         subprocess.run(["umount", path], check=True)
