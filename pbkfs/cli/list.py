@@ -7,12 +7,14 @@ from pathlib import Path
 
 import click
 
+from pbkfs.cli.options import debug_option
 from pbkfs.cli.output import echo_json, format_option, format_table
 
 
 @click.command()
 @format_option
-def command(*, output: str) -> None:
+@debug_option
+def command(*, output: str, debug: bool) -> None:  # noqa: ARG001 - read by main
     """List the mounts of this host: where, of what, and whether their worker lives."""
     from pbkfs.errors import DiffError
     from pbkfs.mount import mounts, target
@@ -20,7 +22,7 @@ def command(*, output: str) -> None:
 
     rows: list[dict[str, object]] = []
     for entry in mounts.our_mounts():
-        found = target.find_target(entry.mountpoint, None)
+        found = target.target_of(Path(entry.source), entry)
         binding: Binding | None = None
         try:
             binding = read_binding(Path(entry.source))

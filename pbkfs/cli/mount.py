@@ -201,7 +201,8 @@ def command(
     elif launched.state == "in progress":
         click.echo(f"mounting {opened.name} on {place} is still in progress (pid {launched.pid})")
     else:
-        click.echo(f"no longer waiting; the worker goes on (pid {launched.pid})", err=True)
+        who = f" (pid {launched.pid})" if launched.pid is not None else ""
+        click.echo(f"no longer waiting; the worker goes on{who}", err=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -51,7 +52,9 @@ def _show(path: Path, output: str, *, is_reset: bool, every_s: float | None) -> 
 
     while True:
         found = control.call(path, "stat", reset=is_reset)["stat"]
-        if output == "json":
+        if output == "json" and every_s is not None:
+            click.echo(json.dumps(found))  # one line a sample
+        elif output == "json":
             echo_json(found)
         else:
             if every_s is not None and is_terminal():

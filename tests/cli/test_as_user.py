@@ -137,6 +137,42 @@ def test_life_of_a_users_mount(user_at: UserPlace) -> None:
     assert user_at.sh('cat "$1/file"').stdout == "hello\n"
 
 
+JOURNALD = """
+import os, socket
+os.makedirs("/run/systemd/journal")
+server = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+server.bind("/run/systemd/journal/socket")
+os.chmod("/run/systemd/journal/socket", 0o666)
+print("ready", flush=True)
+while True:
+    data = server.recv(65536).decode()
+    print(repr(data), flush=True)
+    if "MESSAGE=unmounted" in data:
+        break
+"""
+
+
+def test_log_goes_to_the_journal(user_at: UserPlace) -> None:
+    user_at.as_root("mount", "-t", "tmpfs", "none", "/run")
+    command = [*user_at.enter, sys.executable, "-c", JOURNALD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as journald:
+        try:
+            assert journald.stdout is not None
+            assert journald.stdout.readline() == "ready\n"
+            done = user_at.pbkfs(
+                "mount", "--empty", "-D", user_at.mnt, "-d", user_at.diff, "--log-sink", "journald"
+            )
+            assert done.returncode == 0, done.stderr
+            user_at.pbkfs("unmount", "-D", user_at.mnt)
+            lines = journald.stdout.read()
+        finally:
+            journald.kill()
+    assert "MESSAGE=ready\\n" in lines
+    assert "SYSLOG_IDENTIFIER=pbkfs\\n" in lines
+    assert "PRIORITY=6\\n" in lines
+    assert not (user_at.diff / "log").exists()
+
+
 def test_busy_mount_is_refused(user_at: UserPlace) -> None:
     user_at.pbkfs("mount", "--empty", "-D", user_at.mnt, "-d", user_at.diff)
     script = 'cd "$1"; echo inside; exec sleep 600'
