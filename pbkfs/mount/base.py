@@ -36,7 +36,13 @@ def choose_address(
     asked = resolve_address(request, was)
     same = asked.kind == was.kind and asked.instance == was.instance
     same = same and (asked.backup_id or "").upper() == (was.backup_id or "").upper()
-    if not same or ((asked.store, asked.path) != (was.store, was.path) and not request.force):
+    has_moved = (asked.store, asked.path) != (was.store, was.path)
+    if same and has_moved and not request.force:
+        raise DiffError(
+            f"diff {diff} belongs to {was}, not to {asked}",
+            hint="If it is the same base at another place, say so with --force.",
+        )
+    if not same:
         raise DiffError(
             f"diff {diff} belongs to {was}, not to {asked}",
             hint="Use another diff for another base; leave the base's options out to use this one.",
