@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "pbk/bytes.h"
 #include "pbk/io.h"
@@ -51,6 +52,10 @@ int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit vis
         walk->reason = "stored file is longer than any segment can be";
         return -EIO;
     }
+    struct stat st;
+    if (fstat(fd, &st) != 0)
+        return -errno;
+    uint64_t file_size = (uint64_t)st.st_size;
     w.bytes = malloc(WINDOW);
     if (w.bytes == NULL)
         return -ENOMEM;
@@ -87,6 +92,11 @@ int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit vis
             walk->reason = "last record is cut off";
             break;
         }
+        /* Only headers are read here: that the payload is there has to be asked. */
+        if (pos + PBK_RECORD_HEADER + room > file_size) {
+            walk->reason = "stored file is shorter than listed";
+            break;
+        }
         struct pbk_page_record record = {.block = block, .length = (uint32_t)size, .pos = pos};
         err = visit != NULL ? visit(arg, &record) : 0;
         if (err)
@@ -94,6 +104,10 @@ int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit vis
         walk->n_pages++;
         walk->end_block = block + 1;
         pos += PBK_RECORD_HEADER + room;
+    }
+    if (err == 0 && file_size < stored_size) {
+        walk->reason = "stored file is shorter than listed";
+        err = -EIO;
     }
     free(w.bytes);
     return err;

@@ -18,7 +18,6 @@ from native_store import (
     BLCKSZ,
     BOOT_ID,
     JOURNAL_HEADER,
-    NO_BOOT,
     NO_LIMIT,
     PGLZ,
     ZLIB,
@@ -101,6 +100,7 @@ class NodesMachine(RuleBasedStateMachine):
         self.present: set[int] = set()  # blocks below the limit that are in the object
         self.cut: set[int] = set()  # of these, cut off inside since the file last grew
         self.n_synced = 0  # of the journal
+        self.boot_id = BOOT_ID
         place.nodes.add(INO, len(self.below), self.sources)
 
     # --- changes --------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class NodesMachine(RuleBasedStateMachine):
         valid, _, maps = _native.scan_journal(place.journal_fd, boot_id)
         assert valid == end
         place.journal = _native.Journal(place.journal_fd, end)
-        place.journal.append(b"\x01" + BOOT_ID)
+        place.journal.append(b"\x01" + self.boot_id)
         place.nodes = place._new_nodes()
         place.nodes.add(INO, len(self.below), self.sources)
         bitmap, limit, _ = maps.get(OBJECT, (b"", NO_LIMIT, False))
@@ -222,7 +222,7 @@ class NodesMachine(RuleBasedStateMachine):
     @rule()
     def remount(self) -> None:
         """The worker died or ended: the page cache is still there, and PAGES_LIVE counts."""
-        blocks = self._reopen(self.place.journal.end, BOOT_ID)
+        blocks = self._reopen(self.place.journal.end, self.boot_id)
         if self.is_mapped:
             assert blocks >= self.present
 
@@ -230,7 +230,8 @@ class NodesMachine(RuleBasedStateMachine):
     @rule()
     def cut_power(self) -> None:
         end = max(self.place.journal.synced, self.n_synced, len(JOURNAL_HEADER))
-        blocks = self._reopen(end, NO_BOOT)
+        self.boot_id = bytes([*self.boot_id[1:], self.boot_id[0] ^ 0x80])
+        blocks = self._reopen(end, self.boot_id)
         assert blocks >= self.durable
         found = self.place.nodes.read(INO, 0, 1 << 30)
         assert len(found) == len(self.content)
