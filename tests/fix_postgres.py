@@ -16,6 +16,8 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +101,15 @@ class Programs:
         for statement in statements:
             out = self.run("psql", "-XAtqw", "-v", "ON_ERROR_STOP=1", "-d", uri, "-c", statement)
         return out.strip()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Wait until a condition holds; fail if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        pause.wait(0.02)
 
 
 def copy_tree(source: Path, target: Path) -> Path:
@@ -430,3 +441,36 @@ def newest_archived(
 ) -> ArchivedSource:
     """Backups and an archive of the newest major."""
     return archived_sources(newest_programs)
+
+
+@pytest.fixture
+def pgdata_template(newest_programs: Programs, templates: Callable[[Programs], Path]) -> Path:
+    """A fresh PGDATA of the newest major, not to be changed."""
+    return templates(newest_programs)
+
+
+@pytest.fixture
+def basebackup(newest_programs: Programs, session_place: Path) -> Path:
+    """A pg_basebackup -Fp of a server of the newest major that pgbench has filled."""
+    made = session_place / f"basebackup-{newest_programs.major}"
+    if not made.exists():
+        _take_basebackup(newest_programs, session_place / "basebackup-source", made)
+    return made
+
+
+def _take_basebackup(programs: Programs, data: Path, target: Path) -> None:
+    data.mkdir()
+    programs.user.give(data)
+    target.mkdir()
+    programs.user.give(target)
+    programs.initdb(data)
+    with open(data / "postgresql.conf", "a") as file:
+        file.write(f"listen_addresses = ''\nunix_socket_directories = '{data}'\nfsync = off\n")
+    programs.run("pg_ctl", "-w", "-D", data, "-l", data / "log", "start")
+    try:
+        programs.run("pgbench", "-h", data, "-U", "postgres", "-i", "-q", "-s", "5", "postgres")
+        programs.run(
+            "pg_basebackup", "-h", data, "-U", "postgres", "-D", target, "-c", "fast", "--no-sync"
+        )
+    finally:
+        programs.run("pg_ctl", "-w", "-m", "fast", "-D", data, "stop")

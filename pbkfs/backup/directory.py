@@ -375,8 +375,6 @@ class DirectoryBase(Base):
             raise NotFoundError(f"no file {os.fsdecode(path)!r} in {self._path}") from error
         if not stat.S_ISREG(status.st_mode):
             raise NotFoundError(f"{os.fsdecode(path)!r} in {self._path} is not a file")
-        if status.st_size == 0:
-            return ()
         return (RawSource(root_fd, below, status.st_size, "base"),)
 
     def describe(self) -> str:

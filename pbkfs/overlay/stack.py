@@ -92,16 +92,18 @@ class Stack:
         origin = file.origin
         if origin is not None:
             try:
-                result.extend(map(_format_source, self.base.sources(origin)))
+                for source in self.base.sources(origin):
+                    result.append(_format_source(source, file.base_size))
             except PbkfsError as error:
                 _log.error("%s: %s", self.base.describe(), error)
                 raise fail(errno.EIO) from error
         return result
 
 
-def _format_source(source: Source) -> tuple[Any, ...]:
+def _format_source(source: Source, listed_bytes: int) -> tuple[Any, ...]:
     if isinstance(source, RawSource):
-        return ("raw", source.root_fd, source.path, source.size, source.label)
+        # The size that was shown, not today's: what is missing of it is an error, never zeros.
+        return ("raw", source.root_fd, source.path, listed_bytes, source.label)
     return (
         "pages",
         source.root_fd,

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from fix_mounts import Mount, Mounts, run_pbkfs
+from fix_postgres import Programs
 from ledger import Ledger
-from machine import postgres_bindir
 from servers import MountedServer
 
 ROUNDS = 20
@@ -27,13 +27,13 @@ def kill_worker(mount: Mount) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_worker_killed_under_load(mounts: Mounts, basebackup: Path, major: int) -> None:
+def test_worker_killed_under_load(mounts: Mounts, basebackup: Path, newest_programs: Programs) -> None:
     """Twenty deaths of the worker, at random moments of a TPC-B load."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     moments = random.Random(seed)
     mount = mounts.mount("--base", basebackup)
-    server = MountedServer(mount, postgres_bindir(major))
+    server = MountedServer(mount, newest_programs.bindir)
     server.start()
     ledger = Ledger()
     ledger.create(server.uri)

@@ -58,7 +58,7 @@ def test_names_and_attributes(pgdata: Path, opened: Base) -> None:
     assert entries(opened)["base"].kind is Kind.DIR
     assert content(opened, "base/5/16384") == b"x" * 8192
     assert content(opened, "pg_wal/000000010000000000000001") == b"w"
-    assert opened.sources(b"empty") == ()
+    assert content(opened, "empty") == b""
     assert opened.system_identifier == SYSTEM_IDENTIFIER
     assert opened.pg_major == 15
     assert opened.owner == (os.getuid(), os.getgid())
