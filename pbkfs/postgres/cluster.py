@@ -102,7 +102,7 @@ def open_cluster(path: Path, diff: Path | None = None) -> Cluster:
 
 
 def _explain(data_dir: Path, error: OSError) -> NotFoundError | NotRunningError | HostError:
-    if error.errno == errno.ENOTCONN:
+    if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
         return NotRunningError(
             f"{data_dir} is a mount whose worker is gone",
             hint="Unmount it with pbkfs unmount --force and mount it again; the diff is intact.",

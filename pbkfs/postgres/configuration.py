@@ -41,11 +41,19 @@ class MissingInclude:
     target: Path
 
 
+# (file, line number from 1)
+Line = tuple[Path, int]
+
+
 @dataclass(slots=True)
 class Configuration:
-    """The values that the files set, by lower-case name; the last one wins, as in PostgreSQL."""
+    """The values that the files set, by lower-case name; the last one wins, as in PostgreSQL.
+
+    ``lines`` says of each name all lines that set it.
+    """
 
     values: dict[str, str] = field(default_factory=dict)
+    lines: dict[str, list[Line]] = field(default_factory=dict)
     missing: list[MissingInclude] = field(default_factory=list)
     has_main_file: bool = False
 
@@ -96,6 +104,7 @@ def _read_file(path: Path, found: Configuration, depth: int) -> None:
         name, value = pair
         if name not in ("include", "include_if_exists", "include_dir"):
             found.values[name] = value
+            found.lines.setdefault(name, []).append((path, line_number))
             continue
         # Source: guc-file.l, AbsoluteConfigLocation: relative to the file that includes.
         target = path.parent / value

@@ -42,26 +42,6 @@ _QUIET_LIBRARIES = {
     "pg_squeeze": [("squeeze.worker_autostart", "")],
 }
 
-# Values which depend on how a server was built or on the host, and what to take where the
-# original's are not known here. All of them leave the data alone.
-FALLBACKS = {
-    "lc_messages": "C",
-    "lc_monetary": "C",
-    "lc_numeric": "C",
-    "lc_time": "C",
-    "timezone": "UTC",
-    "log_timezone": "UTC",
-    "wal_compression": "on",
-    "default_toast_compression": "pglz",
-    "io_method": "worker",
-    "ssl": "off",
-    "jit_provider": "llvmjit",
-    "dynamic_shared_memory_type": "posix",
-    "shared_memory_type": "mmap",
-    "wal_sync_method": "fdatasync",
-    "huge_pages": "try",
-}
-
 # A standby must not have less than its primary had. Source: src/backend/access/transam/
 # xlogrecovery.c, CheckRequiredParameterValues. (setting, label of pg_controldata, default)
 _AT_LEAST = (
@@ -210,26 +190,35 @@ def _plan_files(plan: SafeStart, cluster: Cluster, configuration: Configuration)
 
 def _plan_includes(plan: SafeStart, cluster: Cluster, configuration: Configuration) -> None:
     """Comment out the include of a file that was not in the backup: it stops every start."""
-    texts: dict[Path, list[str]] = {}
     for missing in configuration.missing:
-        if not cluster.is_mount or not _is_inside(cluster, str(missing.file)):
+        if not can_edit(cluster, missing.file):
             raise PostgresError(
                 f"{missing.file} line {missing.line_number} includes {missing.target}, "
                 "which does not exist",
                 hint="Remove the line, or bring the file.",
             )
-        lines = texts.setdefault(
-            missing.file,
-            missing.file.read_bytes().decode("utf-8", "surrogateescape").split("\n"),
-        )
-        index = missing.line_number - 1
-        lines[index] = f"# pbkfs: not in the backup: {lines[index]}"
+        comment_out(plan, cluster, missing.file, missing.line_number, "not in the backup")
         plan.notices.append(
             f"{missing.file.name} line {missing.line_number}: {missing.target} is not in the "
             "backup; the include is commented out"
         )
-    for file, lines in texts.items():
-        plan.files[str(file.relative_to(cluster.data_dir))] = "\n".join(lines)
+
+
+def can_edit(cluster: Cluster, file: Path) -> bool:
+    """Return whether a configuration file is the copy's own: on a mount, and inside of PGDATA."""
+    return cluster.is_mount and _is_inside(cluster, str(file))
+
+
+def comment_out(plan: SafeStart, cluster: Cluster, file: Path, line_number: int, why: str) -> None:
+    """Plan to make a comment of a line of a configuration file. Raises PostgresError."""
+    name = str(file.relative_to(cluster.data_dir))
+    try:
+        text = plan.files.get(name) or file.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise PostgresError(f"cannot read {file}: {error.strerror}") from error
+    lines = text.split("\n")
+    lines[line_number - 1] = f"# pbkfs: {why}: {lines[line_number - 1]}"
+    plan.files[name] = "\n".join(lines)
 
 
 def _plan_signals(plan: SafeStart, cluster: Cluster, recovers: bool) -> None:

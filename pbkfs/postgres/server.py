@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pbkfs.errors import BusyError, HostError, PostgresError, UsageError
@@ -36,10 +36,16 @@ from pbkfs.postgres.network import (
 )
 from pbkfs.postgres.postmaster import find_postmaster, find_survivors, pid_is_used, read_pid_file
 from pbkfs.postgres.recovery import SIGNAL, Recovery, make_restore_command, plan_recovery
-from pbkfs.postgres.safe_start import FALLBACKS, SafeStart, plan_safe_start
+from pbkfs.postgres.safe_start import SafeStart, can_edit, comment_out, plan_safe_start
 from pbkfs.postgres.wal_feeder import SOCKET_NAME, WalFeeder
 
 _PORT_TRIES = 5
+# Source: src/backend/utils/misc/guc.c, in the C locale.
+_REFUSED = re.compile(
+    r"""(?:invalid value for parameter|unrecognized configuration parameter|parameter)
+        [ ]"([\w.]+)"(?::|[ ]in[ ]file|[ ]requires|[ ]must)""",
+    re.VERBOSE,
+)
 
 
 def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Started:
@@ -255,33 +261,55 @@ def _check_settings(
     configuration: Configuration,
     options: StartOptions,
 ) -> None:
-    """Have PostgreSQL read its settings, and replace those which this build or host lacks."""
-    said = _read_settings(cluster, binaries, _arguments(plan, options))
-    if said is None:
-        return
-    for name, fallback in FALLBACKS.items():
-        value = plan.value(name) or configuration.values.get(name)
-        if value is None or value == fallback:
-            continue
-        complaint = _read_settings(cluster, binaries, ["-c", f"{name}={value}"])
-        if complaint is not None and f'"{name}"' in complaint.replace("TimeZone", "timezone"):
-            plan.set(name, fallback)
-            plan.notices.append(f"{name} = {value!r} is not possible here: taking {fallback!r}")
-    said = _read_settings(cluster, binaries, _arguments(plan, options))
-    if said is None:
-        return
+    """Have PostgreSQL read its settings; comment out those that this build or host lacks.
+
+    A better value on the command line would not help: PostgreSQL checks what its files say all the
+    same. Examples are locales, time zones, compression methods, parameters of a vendor's server.
+    """
+    seen: set[str] = set()
+    while True:
+        said = _read_settings(cluster, binaries, _arguments(plan, options))
+        if said is None:
+            return
+        # PostgreSQL complains of unknown names first, and of impossible values when there are none.
+        refused = {name for name in _REFUSED.findall(said) if name not in seen}
+        if not _comment_out_settings(cluster, plan, configuration, refused):
+            break
+        seen |= refused
     if 'parameter "recovery_target' in said:
         raise UsageError(said)
     raise PostgresError(
         f"PostgreSQL {binaries.version} does not accept the settings of {cluster.data_dir}: {said}",
-        hint="Correct the configuration files in PGDATA; the backup itself does not change.",
+        hint="Correct the configuration files in PGDATA, or what was given with -c.",
     )
+
+
+def _comment_out_settings(
+    cluster: Cluster, plan: SafeStart, configuration: Configuration, names: Iterable[str]
+) -> bool:
+    """Make comments of all lines which set ``names``; returns whether there were any."""
+    edited: set[str] = set()
+    for name in sorted(names):
+        lines = configuration.lines.get(name.lower(), [])
+        if not lines or not all(can_edit(cluster, file) for file, _ in lines):
+            continue
+        for file, line_number in lines:
+            comment_out(plan, cluster, file, line_number, "not possible here")
+            edited.add(str(file.relative_to(cluster.data_dir)))
+        value = configuration.get(name.lower())
+        plan.notices.append(f"{name} = {value!r} is not possible here and is commented out")
+    for file_name in sorted(edited):
+        cluster.write(file_name, plan.files[file_name])
+    return bool(edited)
 
 
 def _read_settings(cluster: Cluster, binaries: Binaries, arguments: Sequence[str]) -> str | None:
     """Return what PostgreSQL complains about, or None if all its settings are right."""
+    # lc_messages: the file's own would translate the complaints about what follows it.
+    command: list[str | Path] = [binaries.postgres, "-D", cluster.data_dir, *arguments]
+    command += ["-c", "lc_messages=C", "-C", "data_directory"]
     done = subprocess.run(
-        [binaries.postgres, "-D", cluster.data_dir, *arguments, "-C", "data_directory"],
+        command,
         cwd="/",
         env={**cluster.owner.environment(), "LC_ALL": "C"},
         stdin=subprocess.DEVNULL,
