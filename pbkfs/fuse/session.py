@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 _MIN_TASKS = 2
 _MAX_TASKS = 64
 
-# Source: fuse_bdi_init() limits a FUSE mount strictly to 1 % of the dirty pages.
+# By default a FUSE mount may have 1 % of the dirty pages, strictly (fuse_bdi_init()). 512 MiB in
+# pieces of 64 KiB, seconds until written / also synced, best of 4 beside other load: ext4
+# 0.19 / 0.36, default 1.06 / 1.38, strict 20 % 0.49 / 1.06, strict 100 % 0.30 / 0.95, not strict
+# 100 % 0.25 / 0.97.
 _BDI_SETTINGS = {"read_ahead_kb": "1024", "strict_limit": "0", "max_ratio": "100"}
 
 
@@ -48,7 +51,7 @@ class Session:
         subtype: str = "pbkfs",
     ) -> None:
         self._tree = tree
-        self._mountpoint = Path(os.path.abspath(mountpoint))
+        self._mountpoint = Path(os.path.realpath(mountpoint))  # as the kernel lists it
         self._allow_other = allow_other
         self._fsname = fsname
         self._subtype = subtype

@@ -130,11 +130,11 @@ def _make_tree(args: argparse.Namespace) -> Any:
     from conformance.plain_base import PlainBase
 
     from pbkfs.backup.empty import EmptyBase
-    from pbkfs.overlay import tree
+    from pbkfs.overlay import contents, tree
     from pbkfs.overlay.diff import Diff
 
     if args.max_whole is not None:
-        tree.MAX_WHOLE_BYTES = args.max_whole
+        contents.MAX_WHOLE_BYTES = args.max_whole
     owner = (os.geteuid(), os.getegid())
     base = EmptyBase(owner) if args.lower is None else PlainBase(args.lower)
     return tree.Tree(base, Diff.open(args.diff, base), owner=owner, log_fd=2)

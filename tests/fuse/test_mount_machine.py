@@ -10,11 +10,15 @@ from __future__ import annotations
 import ctypes
 import os
 
+import pytest
 from conformance.drivers import OsDriver
 from conformance.file_machine import PAGE, FileMachine
 from fuse.served import Served
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import rule
+
+# A process is started for each example and at each remount: seconds, beside other load.
+pytestmark = pytest.mark.timeout(400)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -82,7 +86,7 @@ class MountMachine(FileMachine):
 
 class TestMount(MountMachine.TestCase):  # type: ignore[misc]
     settings = settings(
-        max_examples=15,
+        max_examples=8,
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -111,8 +111,9 @@ def test_killed_worker_leaves_a_dead_endpoint(serve: Serve) -> None:
 def test_nothing_leaks_over_many_mounts(serve: Serve) -> None:
     held = serve(None, "--cycles", "50").said["held"]
     assert len(held) == 50
-    # The first one brings what stays: trio's worker threads and their descriptors.
-    assert held[-1] == held[1]
+    # The first ones bring what stays: trio's worker threads, which come and go with the load.
+    for what in ("descriptors", "threads"):
+        assert held[-1][what] <= max(one[what] for one in held[:5])
 
 
 def test_a_failed_mount_leaves_nothing(serve: Serve, place: Path) -> None:
