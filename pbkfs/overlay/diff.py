@@ -12,6 +12,7 @@ write.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -49,6 +50,7 @@ _COMPACTION_BYTES = 64 << 10
 
 _NO_BOOT = bytes(16)
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _log = logging.getLogger(__name__)
 
 
@@ -344,6 +346,13 @@ class Diff:
         self.objects.sync_fresh()
         durable.on_step("journal:sync")
         self.journal.sync()
+
+    def sync_file_system(self) -> None:
+        """Make all of the file system that the diff is on durable. Raises OSError."""
+        durable.on_step("close:syncfs")
+        if _libc.syncfs(self.objects.fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def close(self) -> None:
         """Close the descriptors; makes nothing durable. Idempotent."""

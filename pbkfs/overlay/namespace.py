@@ -210,8 +210,6 @@ class Namespace:
             RENAME_NOREPLACE | RENAME_EXCHANGE
         ):
             raise fail(errno.EINVAL)
-        if len(new_name) > NAME_MAX:
-            raise fail(errno.ENAMETOOLONG)
         source = self.child(old_directory, old_name)
         check_name(new_name)
         if new_directory.parent is None:

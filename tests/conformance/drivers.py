@@ -249,9 +249,7 @@ class TreeDriver(Driver):
             if not flags & os.O_CREAT:
                 raise
             owner = os.geteuid(), os.getegid()
-            attr = self._keep(
-                self.tree.create(parent, name, mode & ~self._umask(), *owner)
-            )
+            attr = self._keep(self.tree.create(parent, name, mode & ~self._umask(), *owner))
         else:
             if flags & os.O_CREAT and flags & os.O_EXCL:
                 raise fail(errno.EEXIST)

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-
 from conformance.drivers import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
@@ -28,6 +25,8 @@ from conformance.drivers import (
     Driver,
     OsDriver,
 )
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 PAGE = 8192
 
@@ -57,7 +56,7 @@ _choices = st.integers(0, 1 << 16)
 
 
 def make_lower(root: Path) -> None:
-    """Make the tree that lies below: relations (mapped), other files (whole), links, directories."""
+    """Make the tree that lies below: relations (mapped), other files (whole), a link."""
     for name in ("base/5", "base/6", "global", "pg_xact", "empty"):
         (root / name).mkdir(parents=True)
     for name, size in (
@@ -304,9 +303,7 @@ class FileMachine(RuleBasedStateMachine):
         self.on_handle(f"ftruncate {size}", choice, lambda d, h: d.ftruncate(h, size))
 
     @precondition(lambda self: self.handles)
-    @rule(
-        choice=_choices, mode=st.sampled_from(_FALLOCATE_MODES), offset=_offsets, length=_lengths
-    )
+    @rule(choice=_choices, mode=st.sampled_from(_FALLOCATE_MODES), offset=_offsets, length=_lengths)
     def fallocate(self, choice: int, mode: int, offset: int, length: int) -> None:
         self.on_handle(
             f"fallocate {mode} {offset} {length}",
@@ -360,9 +357,13 @@ class FileMachine(RuleBasedStateMachine):
 
     # --- names --------------------------------------------------------------------------------
 
-    @rule(old=_choices, new=_choices, is_new=st.booleans(), flags=st.sampled_from([0, 0, 0, 1, 2, 3]))
+    @rule(
+        old=_choices, new=_choices, is_new=st.booleans(), flags=st.sampled_from([0, 0, 0, 1, 2, 3])
+    )
     def rename(self, old: int, new: int, is_new: bool, flags: int) -> None:
         source, target = self.pick(old), self.pick(new, is_new=is_new)
+        if not self.oracle_kind(source) and len(os.path.basename(target)) > 255:
+            return  # two errors: which of them comes first differs between kernels
         self.both(
             f"rename {source!r} {target!r} {flags}", lambda d: d.rename(source, target, flags)
         )

@@ -15,13 +15,19 @@ from pathlib import Path
 
 import pytest
 from conformance.drivers import OsDriver, TreeDriver
-from conformance.file_machine import PAGE, FileMachine, Snapshot, take_snapshot
+from conformance.file_machine import (
+    PAGE,
+    FileMachine,
+    Snapshot,
+    describe_difference,
+    take_snapshot,
+)
 from conformance.plain_base import PlainBase
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
-from pbkfs.overlay import tree as tree_module
+from pbkfs.overlay import contents
 from pbkfs.overlay.diff import JOURNAL, Diff, open_layers
 from pbkfs.overlay.superblock import LayerRef
 from pbkfs.overlay.tree import Tree
@@ -117,6 +123,8 @@ class TreeMachine(FileMachine):
         self.names_synced()
 
     def names_synced(self) -> None:
+        assert self.tree is not None
+        self.synced_end = self.tree._diff.journal.synced
         self.hold()
         self.durable = take_snapshot(self.oracle)
         self.durable_inos = {path: self.oracle.stat(path).ino for path in self.durable}
@@ -125,6 +133,12 @@ class TreeMachine(FileMachine):
         self.names_synced()
         for number, versions in self.versions.items():
             self.versions[number] = versions[-1:]
+
+    @invariant()
+    def note_syncs(self) -> None:
+        """A write that follows a truncation syncs the journal by itself."""
+        if self.tree is not None and self.tree._diff.journal.synced != self.synced_end:
+            self.names_synced()
 
     # --- rules --------------------------------------------------------------------------------
 
@@ -157,8 +171,8 @@ class TreeMachine(FileMachine):
         assert self.tree is not None
         self.close_handles()
         self.close_tree()
-        self.took_all()
         self.reopen()
+        self.took_all()
         self.compare()
 
     @rule()
@@ -175,12 +189,12 @@ class TreeMachine(FileMachine):
         assert self.tree is not None
         self.close_handles()
         self.close_tree()
-        self.took_all()
-        uuid = Diff.sealed(self.diff_path)
-        self.layers.insert(0, LayerRef(uuid.superblock.uuid, str(self.diff_path)))
-        uuid.close()
+        layer = Diff.sealed(self.diff_path)
+        self.layers.insert(0, LayerRef(layer.superblock.uuid, str(self.diff_path)))
+        layer.close()
         self.diff_path = self.place / f"diff{len(self.layers) + 1}"
         self.reopen()
+        self.took_all()
         self.compare()
 
     @rule(is_in_the_middle=st.booleans())
@@ -210,7 +224,8 @@ class TreeMachine(FileMachine):
                 for path, entry in snapshot.items()
             }
 
-        assert names_only(found) == names_only(self.durable)
+        expected = names_only(self.durable)
+        assert names_only(found) == expected, describe_difference(expected, names_only(found))
         for path, entry in found.items():
             if entry.kind == "file":
                 self.check_content(path, entry.content, self.versions[self.durable_inos[path]])
@@ -271,7 +286,7 @@ class TestTree(TreeMachine.TestCase):  # type: ignore[misc]
 
     @pytest.fixture(autouse=True)
     def _small_files_are_mapped(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tree_module, "MAX_WHOLE_BYTES", 4 * PAGE)
+        monkeypatch.setattr(contents, "MAX_WHOLE_BYTES", 4 * PAGE)
 
 
 def test_oracle_counts_directories() -> None:

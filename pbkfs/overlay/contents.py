@@ -1,0 +1,270 @@
+"""The content of files: registering them with the native half, copying up, removing objects.
+
+Owns the native ``Nodes`` and the life of the diff's objects after their making. A file without an
+object is read from below; its first change copies it up: whole if it is small and no relation, else
+*mapped*, which costs an empty object of the file's size. Used by ``tree`` on its thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Mapping
+
+from pbkfs import _native
+from pbkfs.overlay import journal as records
+from pbkfs.overlay.diff import EMPTY_MAP, Named
+from pbkfs.overlay.inode import File, Inode, Piece
+from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
+from pbkfs.overlay.namespace import Namespace
+from pbkfs.overlay.stack import Stack, count_blocks
+from pbkfs.pgdata import is_relation_file
+
+# Up to this size a file that is no relation is copied whole at its first write.
+MAX_WHOLE_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
+
+
+class Contents:
+    """See the module. ``diff`` has to be started."""
+
+    def __init__(
+        self, stack: Stack, namespace: Namespace, *, log_fd: int, index_bytes: int
+    ) -> None:
+        self._stack = stack
+        self._diff = stack.live
+        self._namespace = namespace
+        # Object -> (end of the record that took its last name, its inode).
+        self._doomed: dict[int, tuple[int, int]] = {}
+        self.counters = dict.fromkeys(
+            ("copied_up_whole", "copied_up_mapped", "copied_up_bytes", "objects_reaped"), 0
+        )
+        self.nodes = _native.Nodes(
+            self._diff.journal, self._diff.objects.fd, log_fd, index_bytes=index_bytes
+        )
+
+    @property
+    def n_doomed(self) -> int:
+        """How many objects wait for ``reap``."""
+        return len(self._doomed)
+
+    # --- the native half --------------------------------------------------------------------
+
+    def open(self, file: File) -> None:
+        """Make the native half able to read (and, with an object, write) a file. Idempotent."""
+        if self.nodes.has(file.ino):
+            return
+        piece = self._stack.live_piece(file)
+        if piece is not None and not piece.is_mapped:
+            self.nodes.add(file.ino, 0, ())
+        else:
+            self._stack.load(file)
+            self.nodes.add(file.ino, file.size, self._stack.sources(file))
+        if piece is not None:
+            try:
+                self._attach(file, piece)
+            except BaseException:
+                self.nodes.remove(file.ino)
+                raise
+
+    def _attach(self, file: File, piece: Piece, *, is_fresh: bool = False) -> None:
+        page_map = self._diff.page_maps.get(piece.object_id, EMPTY_MAP)
+        bitmap: bytes | None = None
+        limit = NO_LIMIT
+        is_mapped = piece.is_mapped and not page_map.is_whole
+        if is_mapped:
+            bitmap = page_map.bitmap
+            size = self._diff.objects.stat(piece.object_id).st_size
+            found = self._stack.live_limit(file, piece, size)
+            # A limit that is not the length of the version below makes the native half sync the
+            # journal before the file grows.
+            limit = NO_LIMIT if found == count_blocks(file.size) else found
+        self.nodes.attach(
+            file.ino,
+            piece.object_id,
+            bitmap=bitmap,
+            limit=limit,
+            mapped=is_mapped,
+            fresh=is_fresh,
+        )
+        # The node has it now, and keeps it: a node with an object stays until the file is gone.
+        self._diff.page_maps.pop(piece.object_id, None)
+
+    def close_unused(self, inode: Inode) -> None:
+        """Give back what an inode without lookups costs here.
+
+        Only a node with an object knows what nobody else knows, its page map: that one stays for
+        as long as the file has a name.
+        """
+        if not self.nodes.has(inode.ino):
+            return
+        has_object = isinstance(inode, File) and self._stack.live_piece(inode) is not None
+        if inode.parent is None or not has_object:
+            self.nodes.remove(inode.ino)
+
+    def finish_truncations(self, named: Mapping[int, Named]) -> None:
+        """Record the limits that a crash between truncation and LIMIT record left out.
+
+        Without it, the old content would come back from below once the file grows again. The cut
+        block, if there is one, is made the object's own first, because its tail must not come
+        back either.
+        """
+        for object_id, found in named.items():
+            page_map = self._diff.page_maps.get(object_id, EMPTY_MAP)
+            if not found.is_mapped or page_map.is_whole:
+                continue
+            file = self._namespace.resolve(found.path)
+            assert isinstance(file, File)
+            size = self._diff.objects.stat(object_id).st_size
+            self._stack.load(file)
+            if count_blocks(size) >= min(page_map.limit, count_blocks(file.size)):
+                continue
+            self.open(file)
+            block, n_bytes = divmod(size, BLOCK_BYTES)
+            if n_bytes:
+                start = block * BLOCK_BYTES
+                self.nodes.write(file.ino, start, self.nodes.read(file.ino, start, n_bytes))
+                self.nodes.fsync(file.ino, False)
+            limit = records.encode_limit(object_id, count_blocks(size))
+            self._diff.append(limit, label="limit")
+
+    # --- making and changing ----------------------------------------------------------------
+
+    def create(self, file: File, mode: int, uid: int, gid: int, path: bytes) -> None:
+        """Make the object of the new file ``file`` and record it as ``path``.
+
+        Registered before the record is appended, because that can fail; nobody knows the inode
+        yet. Raises OSError and leaves nothing.
+        """
+        objects = self._diff.objects
+        object_id = objects.make(mode, uid, gid)
+        try:
+            self.nodes.add(file.ino, 0, ())
+            try:
+                piece = self._piece(object_id, is_mapped=False)
+                self._attach(file, piece, is_fresh=True)
+                self._diff.append(records.Create(object_id, path).encode(), label="create")
+            except BaseException:
+                self.nodes.remove(file.ino)
+                raise
+        except BaseException:
+            objects.remove(object_id)
+            raise
+        file.pieces = (piece,)
+
+    def copy_up(self, file: File, *, is_emptied: bool = False) -> None:
+        """Make sure that a file has an object to be written to. Idempotent.
+
+        ``is_emptied``: the copy is empty, because the file is being truncated to nothing. Object
+        and size are durable before the record is appended: a crash finds the lower version or the
+        copy. Raises OSError, and then all is as before.
+        """
+        self.open(file)
+        piece = self._stack.live_piece(file)
+        if piece is not None:
+            if not self.nodes.has_object(file.ino):
+                self._attach(file, piece)
+            return
+        self._stack.load(file)
+        path = self._namespace.path_of(file)
+        is_mapped = not is_emptied and self._is_to_be_mapped(file, path)
+
+        def fill(fd: int) -> None:
+            if is_mapped:
+                # Were this size not durable, a power cut would leave an empty file.
+                os.ftruncate(fd, file.size)
+            elif not is_emptied:
+                self.nodes.copy_to(file.ino, fd)
+
+        objects = self._diff.objects
+        object_id = objects.make_filled(
+            fill,
+            attributes=(stat.S_IMODE(file.mode), file.uid, file.gid),
+            times_ns=(file.atime_ns, time.time_ns() if is_emptied else file.mtime_ns),
+        )
+        piece = self._piece(object_id, is_mapped=is_mapped)
+        if path is not None:
+            try:
+                record = records.CopyUp(object_id, is_mapped, path)
+                self._diff.append(record.encode(), label="copy_up")
+            except BaseException:
+                objects.remove(object_id)
+                raise
+        else:
+            self._doomed[object_id] = (0, file.ino)
+        file.pieces = (piece, *file.pieces)
+        self.counters["copied_up_mapped" if is_mapped else "copied_up_whole"] += 1
+        if not is_mapped and not is_emptied:
+            self.counters["copied_up_bytes"] += file.size
+        self._attach(file, piece)
+
+    def _is_to_be_mapped(self, file: File, path: bytes | None) -> bool:
+        if file.size == 0:
+            return False
+        return file.size > MAX_WHOLE_BYTES or is_relation_file(path or file.origin or b"")
+
+    def _piece(self, object_id: int, *, is_mapped: bool) -> Piece:
+        return Piece(len(self._stack.layers) - 1, object_id, is_mapped)
+
+    def resize(self, file: File, old_size: int, size: int) -> None:
+        """Truncate or extend a file. One without an object that has the size already stays so."""
+        if self._stack.live_piece(file) is None:
+            if size == old_size:
+                return
+            if size == 0:
+                self.copy_up(file, is_emptied=True)
+                return
+        self.copy_up(file)
+        self.nodes.truncate(file.ino, size)
+
+    # --- the end of objects -----------------------------------------------------------------
+
+    def doom(self, inode: Inode) -> None:
+        """Note that the newest record took the last name of ``inode`` away."""
+        piece = self._stack.live_piece(inode) if isinstance(inode, File) else None
+        if piece is not None:
+            self._doomed[piece.object_id] = (self._diff.journal.end, inode.ino)
+
+    def reap(self) -> None:
+        """Unlink the objects of forgotten files whose removal is durable.
+
+        Never raises OSError: what can't be unlinked is left to the next mount.
+        """
+        synced = self._diff.journal.synced
+        for object_id, (end, ino) in list(self._doomed.items()):
+            if end > synced or ino in self._namespace.inodes:
+                continue
+            del self._doomed[object_id]
+            try:
+                self._diff.objects.remove(object_id)
+                self.counters["objects_reaped"] += 1
+            except OSError as error:
+                _log.warning("%s: cannot remove object %x: %s", self._diff.path, object_id, error)
+
+    def sync_all(self) -> None:
+        """Make all contents durable. Raises the first OSError, after trying all files.
+
+        One syncfs instead of an fsync a file, which is a flush of the disk's cache for each; only
+        page maps are left to be recorded then.
+        """
+        first: OSError | None = None
+        try:
+            self._diff.sync_file_system()
+        except OSError as error:
+            first = error
+        for inode in self._namespace.inodes.values():
+            if not isinstance(inode, File) or not self.nodes.has(inode.ino):
+                continue
+            piece = self._stack.live_piece(inode)
+            if piece is None or not piece.is_mapped:
+                continue
+            try:
+                self.nodes.fsync(inode.ino, True)
+            except OSError as error:
+                _log.error("%s: cannot sync inode %d: %s", self._diff.path, inode.ino, error)
+                first = first or error
+        if first is not None:
+            raise first
