@@ -111,13 +111,12 @@ static void take_answer(struct pbk_dispatcher *d, unsigned char *message, size_t
     if (length < sizeof header)
         goto stray;
     memcpy(&header, message, sizeof header);
-    if (header.len != length)
-        goto stray;
+    bool is_whole = header.len == length;
     const unsigned char *body = message + sizeof header;
     size_t body_length = length - sizeof header;
 
     if (header.unique == 0) {
-        struct pbk_message *note = pbk_message_new(length);
+        struct pbk_message *note = is_whole ? pbk_message_new(length) : NULL;
         if (!note)
             goto stray;
         memcpy(note->bytes, message, length);
@@ -131,7 +130,11 @@ static void take_answer(struct pbk_dispatcher *d, unsigned char *message, size_t
     struct pbk_job *job = request->job;
     bool is_ok = header.error == 0;
 
-    if (request->opcode == FUSE_INIT && is_ok && job) {
+    if (!is_whole) {
+        pbk_dispatcher_log(d, "dispatcher: python's answer to request %u has %zu bytes and says %u", request->opcode,
+                           length, header.len);
+        pbk_reply(d, header.unique, -EIO, NULL, 0);
+    } else if (request->opcode == FUSE_INIT && is_ok && job) {
         struct fuse_init_in in;
         struct fuse_init_out out;
         memset(&in, 0, sizeof in);

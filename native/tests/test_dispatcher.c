@@ -321,6 +321,11 @@ static void *python_main(void *arg)
             answer(stage, header.unique, 0, &out, sizeof out);
             break;
         }
+        case FUSE_READLINK: { /* longer than it says */
+            struct fuse_out_header out = {.len = 5000, .unique = header.unique};
+            send(stage->python_fd, &out, sizeof out, MSG_NOSIGNAL);
+            break;
+        }
         case FUSE_READDIRPLUS: {
             struct fuse_read_in in;
             memcpy(&in, body, sizeof in);
@@ -589,6 +594,8 @@ static void test_malformed(void)
     CHECK(call(stage, FUSE_FALLOCATE, ino, "x", 1, NULL, 0) == -EINVAL);
     struct fuse_fallocate_in over = {.offset = INT64_MAX, .length = INT64_MAX};
     CHECK(call(stage, FUSE_FALLOCATE, ino, &over, sizeof over, NULL, 0) == -EINVAL);
+    CHECK(call(stage, FUSE_READLINK, 5, NULL, 0, NULL, 0) == -EIO);
+    CHECK(send(stage->python_fd, "x", 1, MSG_NOSIGNAL) == 1);
     CHECK(call(stage, 63, 1, NULL, 0, NULL, 0) == -ENOSYS);
     CHECK(call(stage, 100000, 1, NULL, 0, NULL, 0) == -ENOSYS);
     /* A batch that says to be longer than it is goes nowhere; a long one goes in pieces. */
