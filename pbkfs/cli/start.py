@@ -86,10 +86,10 @@ _PROGRESS_S = 5.0
     help="current, latest or a number.  [default: current]",
 )
 @click.option(
-    "--recovery-target-inclusive/--recovery-target-exclusive",
+    "--recovery-target-inclusive",
     "inclusive",
-    default=None,
-    help="Stop after or before the target.  [default: after]",
+    type=click.BOOL,
+    help="Whether to stop just after the target or just before it.  [default: true]",
 )
 @click.option(
     "--wal-archive",

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pbkfs.cli.pgdata_option import cluster_at, pgdata_option
-from pbkfs.errors import NotRunningError
+from pbkfs.errors import NotRunningError, PbkfsError
 from pbkfs.mount.mounts import resolve
 from pbkfs.postgres.running import STOP_SIGNALS, stop
 
@@ -33,11 +33,14 @@ from pbkfs.postgres.running import STOP_SIGNALS, stop
 )
 def command(pgdata: Path, mode: str, timeout: float) -> None:
     """Stop the PostgreSQL server of a mount or another PGDATA."""
-    data_dir = resolve(pgdata)
+    owner, problem = None, None
     try:
         owner = cluster_at(pgdata).owner
-    except NotRunningError:
-        # The mount's worker is gone; its server may still be there, and has to go first.
-        owner = None
-    stopped = stop(data_dir, owner, mode, timeout)
+    except PbkfsError as error:
+        # Where the mount's worker is gone, nothing can be read, but its server may still be there.
+        problem = error
+    try:
+        stopped = stop(resolve(pgdata), owner, mode, timeout)
+    except NotRunningError as error:
+        raise problem or error from None
     click.echo(f"stopped (pid {stopped.pid})", err=True)

@@ -183,13 +183,7 @@ def _restores() -> list[Any]:
     manifest = manifests().get(ARCHIVE_CATALOG)
     for backup_id, backup in manifest["backups"].items() if manifest else ():
         for restore in backup["restores"]:
-            given = [arg.split("=", 1) for arg in restore["args"] if arg.startswith("--recovery")]
-            options: list[str] = []
-            for name, value in given:
-                if name == "--recovery-target-inclusive":
-                    options.append(f"--recovery-target-{'in' if value == 'true' else 'ex'}clusive")
-                else:
-                    options.append(f"{name}={value}")
+            options = [arg for arg in restore["args"] if arg.startswith("--recovery-target")]
             options = options or ["--recovery-target=latest"]
             found.append(pytest.param(backup_id, options, restore, id=f"{backup_id} {options[0]}"))
     return found

@@ -73,7 +73,7 @@ def test_targets(newest_archived: ArchivedSource, newest_bare: Cluster, kind: st
 
 def test_exclusive_xid(newest_archived: ArchivedSource, newest_bare: Cluster) -> None:
     newest_bare.start(
-        "--recovery-target-xid", newest_archived.points["xid"], "--recovery-target-exclusive",
+        "--recovery-target-xid", newest_archived.points["xid"], "--recovery-target-inclusive=false",
         "--wal-archive", newest_archived.archive,
     )  # fmt: skip
     assert newest_bare.sql(ROWS) == "10 10"

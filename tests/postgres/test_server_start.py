@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fix_mounts import run_pbkfs
-from fix_postgres import Cluster, free_port, is_running
+from fix_postgres import ArchivedSource, Cluster, free_port, is_running
 
 
 def test_start_status_stop(cluster: Cluster) -> None:
@@ -354,6 +355,58 @@ def test_modes_that_postgres_refuses(newest_cluster: Cluster) -> None:
     assert "chmod 0700" in hint
 
 
+def run_as(uid: int, gid: int, *args: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    """Run ``pbkfs ARGS`` as another user, who may not be able to reach our interpreter: a process
+    of root's that imports everything and then changes its user."""
+    script = (
+        "import difflib, encodings.ascii, encodings.idna, json\n"
+        "import os, select, socket, sys, traceback\n"
+        "import pbkfs.cli.main, pbkfs.cli.start, pbkfs.cli.status, pbkfs.cli.stop\n"
+        "uid, gid = int(sys.argv[1]), int(sys.argv[2])\n"
+        "os.setgroups([gid]); os.setgid(gid); os.setuid(uid)\n"
+        "sys.exit(pbkfs.cli.main.run(sys.argv[3:]))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PBKFS_RUN_DIR"}
+    return subprocess.run(
+        [sys.executable, "-c", script, str(uid), str(gid), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the whole session runs as an ordinary user")
+def test_an_ordinary_user_starts_a_server_of_his_own(
+    newest_archived: ArchivedSource, server_place: Path
+) -> None:
+    cluster = newest_archived.copy("bare", server_place)
+    user = cluster.programs.user
+
+    def run(*args: str) -> str:
+        done = run_as(user.uid, user.gid, args[0], "-D", cluster.pgdata, *args[1:])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # The log would lie beside PGDATA, where this user may not write.
+    uri = run("start", "--recovery-target", "latest", "--wal-archive", str(newest_archived.archive))
+    assert cluster.programs.sql(uri.strip(), "select max(n) from t") == "30"
+    status = json.loads(run("status", "--format", "json"))
+    directory = Path(status["socket_directory"])
+    assert directory.parent == Path(f"/tmp/pbkfs-{user.uid}")
+    assert directory.stat().st_uid == user.uid
+    assert status["log"] == str(directory / "postgres.log")
+    assert "/" in status["lsn"]
+    # Root finds the same server.
+    assert cluster.status()["pid"] == status["pid"]
+    run("stop")
+    assert not is_running(status["pid"])
+    (directory / "postgres.log").unlink()
+    directory.rmdir()
+    if not os.listdir(directory.parent):
+        directory.parent.rmdir()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_owners(newest_cluster: Cluster, server_place: Path) -> None:
     cluster = newest_cluster
@@ -363,17 +416,7 @@ def test_owners(newest_cluster: Cluster, server_place: Path) -> None:
     assert "owned by root" in message
     assert "--owner" in hint
     user.give(cluster.pgdata)
-    # Another user; the interpreter itself may be closed to it, so it changes only after importing.
-    script = (
-        "import difflib, os, sys, traceback, pbkfs.cli.main, pbkfs.cli.start; "
-        "os.setgroups([]); os.setgid(12345); "
-        "os.setuid(12345); sys.exit(pbkfs.cli.main.run(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "start", "-D", cluster.pgdata],
-        capture_output=True,
-        text=True,
-    )
+    done = run_as(12345, 12345, "start", "-D", cluster.pgdata)
     assert done.returncode == 9, done.stderr
     assert "Permission denied" in done.stderr
     # A directory above that only root may pass.
