@@ -93,7 +93,7 @@ def at(place: Path) -> Iterator[Place]:
         yield made
     finally:
         made.close()
-    assert made.unexpected() == []
+    assert made.unexpected() == [], made.log()
 
 
 @pytest.fixture

@@ -94,8 +94,25 @@ def group(ctx: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; the console script ``pbkfs``."""
+    _open_standard_descriptors()
     arguments = list(sys.argv[1:] if args is None else args)
     sys.exit(run(arguments))
+
+
+def _open_standard_descriptors() -> None:
+    """Put /dev/null in the place of a closed stdin, stdout or stderr.
+
+    Otherwise the next file that is opened, perhaps a diff's lock, would get that number, and what
+    is printed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    # Python has None in the place of a stream whose descriptor was closed.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def run(arguments: list[str]) -> int:

@@ -13,19 +13,17 @@ import faulthandler
 import importlib
 import logging
 import os
-import resource
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pbkfs
-from pbkfs import log
 from pbkfs.config import START_LIMIT_S
-from pbkfs.errors import BusyError, HostError, PbkfsError
-from pbkfs.mount import binding, control, holders, mounts, statistics, wal
+from pbkfs.errors import BusyError, PbkfsError
+from pbkfs.mount import binding, control, holders, mounts, process, statistics, wal
 from pbkfs.mount.binding import Binding
 from pbkfs.mount.opening import OpenMount, host_errors, now
 from pbkfs.mount.owner import host_name, this_process
@@ -46,39 +44,6 @@ _SYNC_EVERY_S = 5.0
 _LAST_REPLIES_S = 2.0
 
 
-class StartAbortedError(PbkfsError):
-    """The worker was told to end before it had mounted."""
-
-    slug, exit_code = "aborted", 8
-
-
-def configure_log(opened: OpenMount, *, is_console: bool) -> int | None:
-    """Set the worker's log up as asked; returns the log file's descriptor or None."""
-    options = opened.request.log
-    if options.sink == "journald":
-        try:
-            return log.configure("journald", style=options.style, debug=options.debug)
-        except OSError as error:
-            raise HostError(
-                f"cannot reach journald: {reason(error)}",
-                hint="Use --log-sink file where no systemd-journald runs.",
-            ) from error
-    if is_console and options.path is None:
-        return log.configure("stderr", style=options.style, debug=options.debug)
-    path = options.path
-    if path is None:
-        path = opened.diff_path / "log" / "worker.log"
-        # 0711: the server's own log lies beside it, and its user has to get to that.
-        path.parent.mkdir(mode=0o711, exist_ok=True)
-    try:
-        return log.configure("file", path=path, style=options.style, debug=options.debug)
-    except OSError as error:
-        raise HostError(
-            f"cannot write log file {path}: {reason(error)}",
-            hint="Name a place that this user can write to: --log-file FILE.",
-        ) from error
-
-
 def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
     """Serve the mount until it is unmounted; returns the exit code.
 
@@ -88,9 +53,9 @@ def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
     # Until the log is set up, what goes wrong is for the report alone.
     logging.getLogger().addHandler(logging.NullHandler())
     try:
-        log_fd = configure_log(opened, is_console=is_console)
+        log_fd = process.configure_log(opened.request.log, opened.diff_path, is_console=is_console)
         if not is_console:
-            _redirect(log_fd)
+            process.redirect(log_fd)
         # Not the log's own descriptor, which is closed when the log is rotated.
         faulthandler.enable(2)
         return worker.run()
@@ -118,15 +83,6 @@ def _unwrap(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
-
-
-def _redirect(log_fd: int | None) -> None:
-    """Give stdin, stdout and stderr back: what a library prints goes to the log file."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(null, 0)
-    os.dup2(null if log_fd is None else log_fd, 1)
-    os.dup2(null if log_fd is None else log_fd, 2)
-    os.close(null)
 
 
 class Worker:
@@ -162,12 +118,10 @@ class Worker:
             logger.warning("%s", message)
         for note in opened.base.notes:
             logger.info("%s", note)
-        _raise_descriptor_limit()
+        process.raise_descriptor_limit()
         opened.base.acquire(os.getpid())
         try:
-            with _abort_on_signals(), host_errors(opened.diff_path):
-                if opened.place.dead is not None:
-                    self._clear_dead_mount()
+            with process.abort_on_signals(), host_errors(opened.diff_path):
                 n_files = wal.move_out(opened.tree, opened.base, opened.diff_path, opened.owner)
                 if n_files is not None:
                     logger.info("pg_wal is %s, %d files", opened.diff_path / "pg_wal", n_files)
@@ -183,6 +137,7 @@ class Worker:
             opened.base.release(os.getpid())
 
     def _clear_dead_mount(self) -> None:
+        """Take the dead mount away; late, for an empty directory shows until we mount."""
         from pbkfs.fuse.mounting import detach
 
         logger.info("clearing the dead mount on %s", self.opened.place.path)
@@ -193,10 +148,14 @@ class Worker:
         opened = self.opened
         opened.close()
         self._drain_log()
-        self._write_binding("released")
+        try:
+            self._write_binding("released")
+        except OSError as error:
+            # It only informs; the lock decides.
+            logger.warning("cannot write the binding of %s: %s", opened.diff_path, reason(error))
         with contextlib.suppress(FileNotFoundError):
             (opened.diff_path / control.NAME).unlink()
-        self._remove_pid_file()
+        process.remove_pid_file(opened.request.pid_file)
         logger.info("unmounted %s", opened.place.path)
         opened.lock.clear()
         opened.lock.close()
@@ -220,27 +179,6 @@ class Worker:
         )
         binding.write_binding(opened.diff_path, opened.bound)
 
-    def _write_pid_file(self) -> None:
-        path = self.opened.request.pid_file
-        if path is None:
-            return
-        try:
-            with open(path, "w", encoding="ascii", opener=_open_public) as file:
-                file.write(f"{os.getpid()}\n")
-        except OSError as error:
-            raise HostError(
-                f"cannot write pid file {path}: {reason(error)}",
-                hint="Name a place that this user can write to: --pid-file FILE.",
-            ) from error
-
-    def _remove_pid_file(self) -> None:
-        path = self.opened.request.pid_file
-        if path is None:
-            return
-        with contextlib.suppress(OSError):
-            if path.read_text(encoding="ascii").strip() == str(os.getpid()):
-                path.unlink()
-
     # --- serving, in trio -------------------------------------------------------------------------
 
     async def _serve(self, server: socket.socket) -> None:
@@ -259,13 +197,15 @@ class Worker:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             try:
                 async with trio.open_nursery() as nursery:
+                    if opened.place.dead is not None:
+                        self._clear_dead_mount()
                     session.mount()
                     await nursery.start(session.serve)
                     nursery.start_soon(_guarded, control.serve, server, self._handlers())
                     nursery.start_soon(_guarded, self._pump_log)
                     nursery.start_soon(_guarded, self._keep_synced)
                     nursery.start_soon(_guarded, self._obey_signals, signals)
-                    self._write_pid_file()
+                    process.write_pid_file(opened.request.pid_file)
                     with host_errors(opened.diff_path):
                         self._write_binding("active")
                     self.state = "serving"
@@ -365,7 +305,7 @@ class Worker:
                     raise await trio.to_thread.run_sync(_busy_error, path) from None
             logger.warning("forced: detaching %s while it is in use", path)
             with trio.move_on_after(START_LIMIT_S):
-                await trio.to_thread.run_sync(_sync_mount, path, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(process.sync_mount, path, abandon_on_cancel=True)
             await trio.to_thread.run_sync(lambda: session.unmount(lazy=True))
             session.close()
 
@@ -390,7 +330,7 @@ class Worker:
     async def _on_sync(self, _request: dict[str, Any]) -> dict[str, Any]:
         import trio
 
-        await trio.to_thread.run_sync(_sync_mount, self.opened.place.path)
+        await trio.to_thread.run_sync(process.sync_mount, self.opened.place.path)
         await trio.to_thread.run_sync(self.opened.tree.sync)
         return {}
 
@@ -411,46 +351,7 @@ async def _guarded(task: Callable[..., Awaitable[None]], *args: Any) -> None:
         logger.exception("task %s ended by a bug; the mount goes on", task.__qualname__)
 
 
-def _open_public(path: str, flags: int) -> int:
-    # The worker's umask is 0, for the modes of the files it serves.
-    return os.open(path, flags, 0o644)
-
-
 def _busy_error(path: Path) -> BusyError:
     entry = mounts.find_mountpoint(path)
     users = holders.find_holders(entry.device, path) if entry is not None else []
     return holders.busy_error(path, users)
-
-
-def _sync_mount(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        # syncfs(2) is not in the os module of 3.11; sync_file_range is no substitute.
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syncfs(fd) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-    finally:
-        os.close(fd)
-
-
-def _raise_descriptor_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextlib.contextmanager
-def _abort_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into an exception, so that a half-made mount is taken back."""
-
-    def abort(signum: int, _frame: object) -> None:
-        raise StartAbortedError(f"the mount was aborted by {signal.Signals(signum).name}")
-
-    before = {number: signal.signal(number, abort) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -68,6 +68,15 @@ def test_worker_is_a_daemon(at: Place) -> None:
     assert soft == hard
 
 
+def test_started_with_closed_descriptors(at: Place) -> None:
+    command = f"{sys.executable} -m pbkfs mount --empty -D {at.mnt} -d {at.diff} <&- >&- 2>&-"
+    subprocess.run(["sh", "-c", command], check=True)
+    proc = Path(f"/proc/{at.owner().pid}/fd")
+    assert os.readlink(proc / "0") == "/dev/null"
+    assert lock.is_held(at.diff)
+    (at.mnt / "file").write_text("x")
+
+
 def test_base_is_shown_and_not_changed(at: Place, base: Path) -> None:
     before = snapshot(base)
     at.mount("--base", base)

@@ -1,0 +1,121 @@
+"""What a worker does to its own process: log, descriptors, limits, signals, pid file.
+
+Called by ``worker`` on the main thread; ``sync_mount`` in another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from pbkfs import log
+from pbkfs.errors import HostError, PbkfsError
+from pbkfs.mount.request import LogOptions, reason
+
+
+class StartAbortedError(PbkfsError):
+    """The worker was told to end before it had mounted."""
+
+    slug, exit_code = "aborted", 130
+
+
+def configure_log(options: LogOptions, diff: Path, *, is_console: bool) -> int | None:
+    """Set the worker's log up as asked; returns the log file's descriptor or None."""
+    if options.sink == "journald":
+        try:
+            return log.configure("journald", style=options.style, debug=options.debug)
+        except OSError as error:
+            raise HostError(
+                f"cannot reach journald: {reason(error)}",
+                hint="Use --log-sink file where no systemd-journald runs.",
+            ) from error
+    if is_console and options.path is None:
+        return log.configure("stderr", style=options.style, debug=options.debug)
+    path = options.path or diff / "log" / "worker.log"
+    try:
+        if options.path is None:
+            # 0711: the server's own log lies beside it, and its user has to get to that.
+            path.parent.mkdir(mode=0o711, exist_ok=True)
+        return log.configure("file", path=path, style=options.style, debug=options.debug)
+    except OSError as error:
+        raise HostError(
+            f"cannot write log file {path}: {reason(error)}",
+            hint="Name a place that this user can write to: --log-file FILE.",
+        ) from error
+
+
+def redirect(log_fd: int | None) -> None:
+    """Give stdin, stdout and stderr back: what a library prints goes to the log file."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null if log_fd is None else log_fd, 1)
+    os.dup2(null if log_fd is None else log_fd, 2)
+    os.close(null)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as the system does."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def write_pid_file(path: Path | None) -> None:
+    """Write this process's pid to ``path``, if there is one. Raises HostError."""
+    if path is None:
+        return
+    try:
+        with open(path, "w", encoding="ascii", opener=_open_public) as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise HostError(
+            f"cannot write pid file {path}: {reason(error)}",
+            hint="Name a place that this user can write to: --pid-file FILE.",
+        ) from error
+
+
+def remove_pid_file(path: Path | None) -> None:
+    """Remove the pid file if it is still ours."""
+    if path is None:
+        return
+    with contextlib.suppress(OSError):
+        if path.read_text(encoding="ascii").strip() == str(os.getpid()):
+            path.unlink()
+
+
+def _open_public(path: str, flags: int) -> int:
+    # The worker's umask is 0, for the modes of the files it serves.
+    return os.open(path, flags, 0o644)
+
+
+def sync_mount(path: Path) -> None:
+    """Write back the kernel's dirty pages of the mount; any thread but the serving one. OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # syncfs(2) is not in the os module of 3.11; sync_file_range is no substitute.
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syncfs(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def abort_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into an exception, so that a half-made mount is taken back."""
+
+    def abort(signum: int, _frame: object) -> None:
+        raise StartAbortedError(f"the mount was aborted by {signal.Signals(signum).name}")
+
+    before = {number: signal.signal(number, abort) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
