@@ -19,6 +19,7 @@ class Ledger:
         self._wanted = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self.ended_by: psycopg.Error | None = None
 
     def create(self, uri: str) -> None:
         """Make the table."""
@@ -43,15 +44,15 @@ class Ledger:
                     with self._wanted:
                         self.acknowledged = number
                         self._wanted.notify_all()
-        except psycopg.OperationalError:
-            return  # the server went away, as the test wanted
+        except psycopg.Error as problem:
+            self.ended_by = problem  # as a rule the crash that the test wanted
 
     def wait_for(self, n_more: int, *, timeout_s: float = 60) -> None:
         """Return when ``n_more`` further commits were acknowledged."""
         with self._wanted:
             goal = self.acknowledged + n_more
             assert self._wanted.wait_for(lambda: self.acknowledged >= goal, timeout_s), (
-                f"{self.acknowledged} of {goal} commits within {timeout_s} s"
+                f"{self.acknowledged} of {goal} commits within {timeout_s} s: {self.ended_by}"
             )
 
     def end(self) -> None:
