@@ -7,6 +7,7 @@ can list the labels and kill the process at any of them. May be called from any 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -34,8 +35,10 @@ def fsync_dir(path: str | os.PathLike[str], *, label: str) -> None:
         os.close(fd)
 
 
-def replace_file(path: str | os.PathLike[str], data: bytes, *, label: str, mode: int = 0o600) -> None:
-    """Replace ``path`` by ``data`` so that after a crash it is wholly the old or wholly the new file.
+def replace_file(
+    path: str | os.PathLike[str], data: bytes, *, label: str, mode: int = 0o600
+) -> None:
+    """Replace ``path`` by ``data``; after a crash it is wholly the old file or wholly the new.
 
     Durable when it returns: write to a temporary name, fsync, rename, fsync of the directory.
     The temporary file is removed when a step fails. Raises OSError.
@@ -57,9 +60,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes, *, label: str, mode:
         on_step(f"{label}:rename")
         os.rename(tmp, path)
     except BaseException:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(tmp)
-        except FileNotFoundError:
-            pass
         raise
     fsync_dir(directory, label=label)

@@ -34,9 +34,8 @@ def run_pbkfs(
         timeout=timeout,
     )
     if check and done.returncode != 0:
-        raise AssertionError(
-            f"pbkfs {' '.join(map(str, args))}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        )
+        words = " ".join(map(str, args))
+        raise AssertionError(f"pbkfs {words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 
@@ -130,7 +129,7 @@ class Mounts:
         for made in list(self.made):
             try:
                 self.discard(made)
-            except BaseException as problem:  # noqa: BLE001 - the other mounts still have to go
+            except BaseException as problem:
                 failures.append(problem)
         shutil.rmtree(self.root, ignore_errors=True)
         if failures:

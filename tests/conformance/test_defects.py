@@ -246,7 +246,7 @@ def test_b13_nothing_hangs_when_many_requests_meet(mount: Mount) -> None:
     def guarded(work: Callable[[int], None], number: int) -> None:
         try:
             work(number)
-        except BaseException as problem:  # noqa: BLE001 - shown by the test
+        except BaseException as problem:
             failures.append(problem)
 
     def work(number: int) -> None:

@@ -99,7 +99,7 @@ def test_append_that_cannot_be_taken_back_ends_the_journal() -> None:
             journal.append(b"\x10x")
         assert caught.value.errno == errno.ENOSPC
         for call in (lambda: journal.append(b"\x10x"), journal.sync):
-            with pytest.raises(OSError) as later:  # noqa: PT011 - the errno is checked
+            with pytest.raises(OSError) as later:
                 call()
             assert later.value.errno == errno.EIO
     finally:
@@ -111,7 +111,7 @@ def test_failed_sync_is_not_forgotten() -> None:
     try:
         journal = _native.Journal(write, 64)  # fdatasync of a pipe is EINVAL
         for _ in range(2):
-            with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is checked
+            with pytest.raises(OSError) as caught:
                 journal.sync()
             assert caught.value.errno == errno.EINVAL
         assert journal.synced == 0

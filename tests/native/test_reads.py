@@ -38,7 +38,7 @@ def place() -> Iterator[Place]:
 
 
 def fails_with_eio(place: Place, offset: int, length: int) -> None:
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is checked
+    with pytest.raises(OSError) as caught:
         place.nodes.read(INO, offset, length)
     assert caught.value.errno == errno.EIO
 

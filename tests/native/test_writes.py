@@ -167,7 +167,7 @@ def test_cut_inside_of_a_page_that_cannot_be_read(place: Place) -> None:
     place.nodes.add(2, 2 * BLCKSZ, place.store_raw(page(2) * 2))
     place.attach(2, 0x55, 2 * BLCKSZ)
     (place.root / "store" / "plain").unlink()
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is checked
+    with pytest.raises(OSError) as caught:
         place.nodes.truncate(2, BLCKSZ + 1)
     assert caught.value.errno == errno.EIO
     assert place.nodes.size(2) == 2 * BLCKSZ
@@ -214,7 +214,7 @@ def test_write_over_a_page_that_cannot_be_read(place: Place) -> None:
     place.nodes.add(2, 2 * BLCKSZ, place.store_raw(page(2) * 2))
     place.attach(2, 0x55, 2 * BLCKSZ)
     (place.root / "store" / "plain").unlink()
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is checked
+    with pytest.raises(OSError) as caught:
         place.nodes.write(2, 10, b"x")
     assert caught.value.errno == errno.EIO
     # A whole page needs nothing from below.
@@ -232,10 +232,10 @@ def test_journal_that_refuses_records_refuses_new_blocks() -> None:
             place.nodes.add(INO, BLCKSZ, place.store_raw(page(2)))
             place.attach(INO, OBJECT, BLCKSZ)
             for _ in range(2):
-                with pytest.raises(OSError):  # noqa: PT011 - ENOSPC, then EIO
+                with pytest.raises(OSError):
                     place.nodes.write(INO, 0, page(6))
                 assert place.nodes.read(INO, 0, BLCKSZ) == page(2)
-            with pytest.raises(OSError):  # noqa: PT011
+            with pytest.raises(OSError):
                 place.nodes.fsync(INO, True)
     finally:
         os.close(full)
@@ -259,7 +259,7 @@ def test_offsets_out_of_range(place: Place, offset: int, size: int) -> None:
         lambda: place.nodes.truncate(INO, offset),
         lambda: place.nodes.fallocate(INO, 0, offset, size),
     ):
-        with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is checked
+        with pytest.raises(OSError) as caught:
             call()
         assert caught.value.errno in (errno.EFBIG, errno.EINVAL)
     assert place.nodes.read(INO, offset, size) == b""
@@ -268,10 +268,10 @@ def test_offsets_out_of_range(place: Place, offset: int, size: int) -> None:
 
 @pytest.mark.parametrize("mode", [2, 8 | 1, 0x20, 0x40, 0x10 | 2 | 1])
 def test_unsupported_modes_of_fallocate(place: Place, mode: int) -> None:
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is checked
+    with pytest.raises(OSError) as caught:
         place.nodes.fallocate(INO, mode, 0, BLCKSZ)
     assert caught.value.errno == errno.EOPNOTSUPP
-    with pytest.raises(OSError) as caught:  # noqa: PT011
+    with pytest.raises(OSError) as caught:
         place.nodes.fallocate(INO, 0, 0, 0)
     assert caught.value.errno == errno.EINVAL
 

@@ -1,8 +1,8 @@
 """Every backup of every real catalog: mounted, compared with the truth, started, worked on.
 
-The truth is what the real tool's restore gave (the manifests), and where that restore is known to be
-wrong, the correct content. The work on the mount is short here; ``PBKFS_TEST_LONG=1`` runs pgbench
-for 20 s on each.
+The truth is what the real tool's restore gave (the manifests), and where that restore is known to
+be wrong, the correct content. The work on the mount is short here; ``PBKFS_TEST_LONG=1`` runs
+pgbench for 20 s on each.
 """
 
 from __future__ import annotations

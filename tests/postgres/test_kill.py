@@ -1,4 +1,4 @@
-"""The worker is killed under load, again and again: committed rows stay, the cluster stays sound."""
+"""The worker is killed under load, again and again: committed rows stay, the cluster sound."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def kill_worker(mount: Mount) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_worker_killed_under_load(mounts: Mounts, basebackup: Path, newest_programs: Programs) -> None:
+def test_worker_killed_under_load(
+    mounts: Mounts, basebackup: Path, newest_programs: Programs
+) -> None:
     """Twenty deaths of the worker, at random moments of a TPC-B load."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
