@@ -146,7 +146,9 @@ static int run_randread(const char *path, uint64_t n, uint64_t n_threads, uint64
     uint64_t n_pages = n_pages_of(fd, path);
     double start = now();
     for (uint64_t t = 0; t < n_threads; t++) {
-        readers[t] = (struct reader){.fd = fd, .n = n / n_threads, .n_pages = n_pages,
+        readers[t] = (struct reader){.fd = fd,
+                                     .n = n / n_threads,
+                                     .n_pages = n_pages,
                                      .seed = seed * 1000003 + t,
                                      .latency = latencies + t * (n / n_threads)};
         if (pthread_create(&readers[t].thread, NULL, read_pages, &readers[t]))

@@ -132,7 +132,8 @@ static PyObject *binding_scan_pages(PyObject *Py_UNUSED(module), PyObject *args)
     int padded;
     struct pbk_page_walk walk = {0};
     int err;
-    if (!PyArg_ParseTuple(args, "iO&O&p:scan_pages", &root_fd, pbk_binding_path, &path, pbk_binding_u64, &stored_size, &padded))
+    if (!PyArg_ParseTuple(args, "iO&O&p:scan_pages", &root_fd, pbk_binding_path, &path, pbk_binding_u64, &stored_size,
+                          &padded))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     int fd = pbk_open_beneath(root_fd, path, O_RDONLY);

@@ -180,8 +180,9 @@ static int parse_headers(PyObject *headers, struct pbk_source_spec *spec)
         return 1;
     spec->has_headers = true;
     return PyArg_ParseTuple(headers, "iO&O&O&O&O&;headers of a source", &spec->headers_fd, pbk_binding_path,
-                            &spec->headers_path, pbk_binding_i64, &spec->headers_off, pbk_binding_i64, &spec->headers_size,
-                            pbk_binding_u32, &spec->headers_crc, pbk_binding_u32, &spec->n_headers);
+                            &spec->headers_path, pbk_binding_i64, &spec->headers_off, pbk_binding_i64,
+                            &spec->headers_size, pbk_binding_u32, &spec->headers_crc, pbk_binding_u32,
+                            &spec->n_headers);
 }
 
 /* object_path: room for the path of an object. */
@@ -207,9 +208,9 @@ static int parse_source(PyObject *source, struct pbk_source_spec *spec, char obj
         int padded;
         int zlib_8192;
         spec->kind = PBK_SOURCE_PAGES;
-        if (!PyArg_ParseTuple(source, "siO&O&O&iO&ppO;pages source", &kind, &spec->dir_fd, pbk_binding_path, &spec->path,
-                              pbk_binding_u64, &spec->size, text_of, &spec->label, &spec->compress, pbk_binding_u32,
-                              &spec->limit, &padded, &zlib_8192, &headers))
+        if (!PyArg_ParseTuple(source, "siO&O&O&iO&ppO;pages source", &kind, &spec->dir_fd, pbk_binding_path,
+                              &spec->path, pbk_binding_u64, &spec->size, text_of, &spec->label, &spec->compress,
+                              pbk_binding_u32, &spec->limit, &padded, &zlib_8192, &headers))
             return 0;
         spec->is_padded = padded != 0;
         spec->is_zlib_8192 = zlib_8192 != 0;
@@ -219,8 +220,8 @@ static int parse_source(PyObject *source, struct pbk_source_spec *spec, char obj
         PyObject *bitmap;
         uint64_t object;
         spec->kind = PBK_SOURCE_OBJECT;
-        if (!PyArg_ParseTuple(source, "siO&O&OO&;object source", &kind, &spec->dir_fd, pbk_binding_u64, &object, text_of,
-                              &spec->label, &bitmap, pbk_binding_u32, &spec->limit))
+        if (!PyArg_ParseTuple(source, "siO&O&OO&;object source", &kind, &spec->dir_fd, pbk_binding_u64, &object,
+                              text_of, &spec->label, &bitmap, pbk_binding_u32, &spec->limit))
             return 0;
         snprintf(object_path, 32, "%02x/%llx", (unsigned)(object & 255), (unsigned long long)object);
         spec->path = object_path;
@@ -375,8 +376,8 @@ static PyObject *nodes_stat(struct nodes_object *self, PyObject *arg)
     if (err)
         return pbk_binding_fail(err, NULL);
 #define NS(ts) ((long long)(ts).tv_sec * 1000000000 + (ts).tv_nsec)
-    return Py_BuildValue("(IIILLLLLK)", (unsigned)st.st_mode, (unsigned)st.st_uid, (unsigned)st.st_gid, (long long)st.st_size,
-                         NS(st.st_atim), NS(st.st_mtim), NS(st.st_ctim), (long long)st.st_blocks,
+    return Py_BuildValue("(IIILLLLLK)", (unsigned)st.st_mode, (unsigned)st.st_uid, (unsigned)st.st_gid,
+                         (long long)st.st_size, NS(st.st_atim), NS(st.st_mtim), NS(st.st_ctim), (long long)st.st_blocks,
                          (unsigned long long)st.st_nlink);
 #undef NS
 }
@@ -498,8 +499,8 @@ static PyObject *nodes_fallocate(struct nodes_object *self, PyObject *args)
     uint64_t length;
     struct pbk_ctx *ctx;
     int err;
-    if (!PyArg_ParseTuple(args, "O&iO&O&:fallocate", pbk_binding_u64, &ino, &mode, pbk_binding_u64, &off, pbk_binding_u64,
-                          &length))
+    if (!PyArg_ParseTuple(args, "O&iO&O&:fallocate", pbk_binding_u64, &ino, &mode, pbk_binding_u64, &off,
+                          pbk_binding_u64, &length))
         return NULL;
     struct pbk_node *node = begin(self, ino, &ctx);
     if (node == NULL)
@@ -606,7 +607,8 @@ static PyObject *nodes_reset_counters(struct nodes_object *self, PyObject *Py_UN
 
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)nodes_add, METH_VARARGS, "Register a file without an object."},
-    {"attach", (PyCFunction)(void (*)(void))nodes_attach, METH_VARARGS | METH_KEYWORDS, "Make an object the top of a node."},
+    {"attach", (PyCFunction)(void (*)(void))nodes_attach, METH_VARARGS | METH_KEYWORDS,
+     "Make an object the top of a node."},
     {"remove", (PyCFunction)nodes_remove, METH_O, "Forget a node; readers finish with it."},
     {"has", (PyCFunction)nodes_has, METH_O, "Whether the inode is registered."},
     {"has_object", (PyCFunction)nodes_has_object, METH_O, "Whether the node has an object."},

@@ -100,7 +100,8 @@ static void free_index(struct pbk_index *index)
 }
 
 int pbk_index_build(struct pbk_source *sources, unsigned first_source, unsigned n_sources, uint32_t n_blocks,
-                    struct pbk_file_set *files, struct pbk_inflater *inflater, struct pbk_log *log, struct pbk_index **result)
+                    struct pbk_file_set *files, struct pbk_inflater *inflater, struct pbk_log *log,
+                    struct pbk_index **result)
 {
     struct builder b = {.n_blocks = n_blocks, .limit = n_blocks};
     int err = 0;

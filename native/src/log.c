@@ -60,7 +60,8 @@ static void write_line(struct pbk_log *log, const char *line, size_t n)
         log->n_suppressed++;
 }
 
-void pbk_log_failure(struct pbk_log *log, const char *file, uint64_t block, const char *layer, const char *reason, int error)
+void pbk_log_failure(struct pbk_log *log, const char *file, uint64_t block, const char *layer, const char *reason,
+                     int error)
 {
     char file_text[2048];
     char layer_text[512];

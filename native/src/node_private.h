@@ -50,8 +50,11 @@ struct pbk_object {
     struct pbk_file file;
     uint32_t limit;                /* node lock */
     size_t n_words;                /* of the bitmaps: blocks below the limit at attach */
-    atomic_uint_fast64_t *present; /* bits go from 0 to 1 under the page stripe */
-    uint64_t *durable;             /* sync_lock */
+    atomic_uint_fast64_t *present; /* the block is in the object; from 0 to 1 under the page stripe */
+    atomic_uint_fast64_t *changed; /* and was written; never before present, from 0 to 1 under the page stripe */
+    atomic_bool is_whole;          /* all are present and durable, and the journal says so; never falls */
+    uint64_t *durable;             /* sync_lock: a record says that the block is in the object */
+    uint64_t *recorded;            /* sync_lock: a record says that it was changed */
     pthread_mutex_t sync_lock;     /* one at a time makes the object durable; after the node lock, before the journal */
     bool is_fresh;                 /* sync_lock */
     uint32_t recorded_limit;       /* sync_lock: the limit that a replay of the journal would find */
@@ -65,6 +68,8 @@ struct pbk_node {
     uint64_t ino;
     struct pbk_node *next; /* table_lock */
     atomic_uint n_handles;
+    atomic_uint_fast64_t n_reads;   /* how much the file is in use */
+    atomic_uint_fast64_t n_changes; /* the same; counted at the end of a change */
 
     /* Reads and writes hold it shared, truncate, punch and attach exclusively. */
     pthread_rwlock_t lock;
@@ -123,25 +128,55 @@ static inline void count(atomic_uint_fast64_t *counter, uint64_t n)
     atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
 }
 
+static inline bool bit_is_set(const atomic_uint_fast64_t *words, uint64_t block)
+{
+    return atomic_load_explicit(&words[block / 64], memory_order_acquire) >> (block % 64) & 1;
+}
+
+static inline void set_bit(atomic_uint_fast64_t *words, uint64_t block)
+{
+    atomic_fetch_or_explicit(&words[block / 64], UINT64_C(1) << (block % 64), memory_order_release);
+}
+
 /* Whether a block is the object's; block < limit has its bit inside of the bitmap. */
 static inline bool object_has(const struct pbk_object *object, uint64_t block)
 {
-    return !object->is_mapped || block >= object->limit ||
-           (atomic_load_explicit(&object->present[block / 64], memory_order_acquire) >> (block % 64) & 1);
+    return !object->is_mapped || block >= object->limit || atomic_load_explicit(&object->is_whole, memory_order_acquire) ||
+           bit_is_set(object->present, block);
 }
 
-static inline void object_set(struct pbk_object *object, uint64_t block)
+/* Whether a block is the object's and is known to differ from what is below. */
+static inline bool object_has_changed(const struct pbk_object *object, uint64_t block)
 {
-    atomic_fetch_or_explicit(&object->present[block / 64], UINT64_C(1) << (block % 64), memory_order_release);
+    return !object->is_mapped || block >= object->limit || bit_is_set(object->changed, block);
 }
 
-/* node_read.c: the version of a block below the object, zeros where it has nothing. Node lock held in any mode. */
-int node_read_below(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t block, uint8_t page[PBK_BLCKSZ]);
+/* node_read.c, node lock held in any mode. */
 
-/* node_write.c: truncation to size by the holder of the exclusive node lock. */
+/* The version of a block below the object, zeros where it has nothing. */
+int node_read_below(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t block, uint8_t page[PBK_BLCKSZ]);
+/* The versions below of those of n blocks (at most a chunk) that the object has not got, as ctx->places[i].page; NULL for the
+ * others. */
+int node_load_missing(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t first, size_t n);
+
+/* node_write.c */
+
+/* Truncation to size by the holder of the exclusive node lock. */
 int node_truncate_locked(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size);
 
+/* Passes the gate, locks the node and gets its object's descriptor. PBK_NO_OBJECT or -errno: nothing is held. */
+int node_enter(struct pbk_node *node, bool is_exclusive, int *fd);
+void node_leave(struct pbk_node *node, int fd);
+
+/* The stripes of blocks first … last, at most a chunk. */
+uint64_t node_stripe_mask(const struct pbk_node *node, uint64_t first, uint64_t last);
+void node_lock_stripes(struct pbk_nodes *nodes, uint64_t mask);
+void node_unlock_stripes(struct pbk_nodes *nodes, uint64_t mask);
+
 /* node_sync.c, node lock held in any mode. */
+
+/* Data, size and page map of the object are durable, but for the journal's end. sync_lock held. */
+int node_sync_object(struct pbk_node *node, bool datasync);
 
 /* After a truncate: object and page records are written out, and the file can't grow before the journal up to here is
  * durable. */

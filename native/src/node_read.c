@@ -46,8 +46,8 @@ struct pbk_ctx *pbk_ctx_new(size_t max_io)
     ctx->members = calloc(ctx->max_blocks, sizeof(*ctx->members));
     ctx->merge[0] = malloc(PBK_BLCKSZ);
     ctx->merge[1] = malloc(PBK_BLCKSZ);
-    if (ctx->inflater == NULL || ctx->pages == NULL || ctx->records == NULL || ctx->places == NULL || ctx->members == NULL ||
-        ctx->merge[0] == NULL || ctx->merge[1] == NULL) {
+    if (ctx->inflater == NULL || ctx->pages == NULL || ctx->records == NULL || ctx->places == NULL ||
+        ctx->members == NULL || ctx->merge[0] == NULL || ctx->merge[1] == NULL) {
         pbk_ctx_free(ctx);
         return NULL;
     }
@@ -111,7 +111,8 @@ static int get_index(struct pbk_node *node, struct pbk_ctx *ctx, struct pbk_inde
 }
 
 /* The place of one block below the object; *index is loaded when it is first needed. */
-static int find_below(struct pbk_node *node, struct pbk_ctx *ctx, struct pbk_index **index, uint64_t block, struct place *place)
+static int find_below(struct pbk_node *node, struct pbk_ctx *ctx, struct pbk_index **index, uint64_t block,
+                      struct place *place)
 {
     *place = (struct place){.kind = PLACE_HOLE};
     if (block >= blocks_of(node->below_size))
@@ -167,7 +168,8 @@ static int read_object(struct pbk_node *node, uint8_t *to, uint64_t start, uint6
         count(&nodes->counters.object_reads, 1);
     }
     if (r < 0) {
-        pbk_log_failure(&nodes->log, node->object->file.path, start / PBK_BLCKSZ, "diff", "object can't be read", -(int)r);
+        pbk_log_failure(&nodes->log, node->object->file.path, start / PBK_BLCKSZ, "diff", "object can't be read",
+                        -(int)r);
         return -EIO;
     }
     /* The object may be shorter where another writer is about to extend it. */
@@ -246,7 +248,8 @@ static int unpack(struct pbk_node *node, struct pbk_ctx *ctx, const struct reque
     if (pbk_get_u32(record) != block || pbk_get_u32(record + 4) != place->length)
         return fail(node, source, block, "record header disagrees with the index", -EIO);
     bool is_raw = place->length == PBK_BLCKSZ;
-    if (is_raw && source->is_zlib_8192 && source->compress == PBK_COMPRESS_ZLIB && payload[0] == 0x78 && !is_sane_page(payload))
+    if (is_raw && source->is_zlib_8192 && source->compress == PBK_COMPRESS_ZLIB && payload[0] == 0x78 &&
+        !is_sane_page(payload))
         is_raw = false;
     if (is_raw) {
         place->page = payload;
@@ -260,7 +263,8 @@ static int unpack(struct pbk_node *node, struct pbk_ctx *ctx, const struct reque
         err = pbk_pglz_decompress(payload, place->length, slot, PBK_BLCKSZ);
     if (err)
         return fail(node, source, block,
-                    source->compress == PBK_COMPRESS_NONE ? "page has an impossible length" : "page does not inflate", -EIO);
+                    source->compress == PBK_COMPRESS_NONE ? "page has an impossible length" : "page does not inflate",
+                    -EIO);
     place->page = slot;
     count(&node->nodes->counters.pages_inflated, 1);
     return 0;
@@ -338,7 +342,8 @@ static int load(struct pbk_node *node, struct pbk_ctx *ctx, const struct request
             count(&node->nodes->counters.pages_hole, 1);
             break;
         case PLACE_DAMAGED:
-            err = fail(node, &node->sources[place->source], rq->first + i, "layer is damaged where it may store the page", -EIO);
+            err = fail(node, &node->sources[place->source], rq->first + i,
+                       "layer is damaged where it may store the page", -EIO);
             break;
         case PLACE_DIRECT: {
             size_t j = i + 1;
@@ -435,8 +440,8 @@ static void blank_behind(struct pbk_node *node, struct pbk_ctx *ctx, const struc
     ctx->places[i].page = slot;
 }
 
-ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, size_t len, struct iovec *iov, int max_iov,
-                      int *n_iov)
+ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, size_t len, struct iovec *iov,
+                      int max_iov, int *n_iov)
 {
     struct pbk_nodes *nodes = node->nodes;
     int err = 0;

@@ -39,21 +39,41 @@ static int list_add(struct range_list *list, uint32_t block)
     return 0;
 }
 
-/* The blocks that are in the object but not yet recorded, as of now. */
-static int list_new_blocks(struct pbk_object *object, struct range_list *list)
+static int list_word(struct range_list *list, size_t i, uint64_t word, uint32_t limit)
 {
-    for (size_t i = 0; i < object->n_words && i * 64 < object->limit; i++) {
-        uint64_t word = atomic_load_explicit(&object->present[i], memory_order_acquire) & ~object->durable[i];
-        for (; word != 0; word &= word - 1) {
-            uint64_t block = i * 64 + (uint64_t)__builtin_ctzll(word);
-            if (block >= object->limit)
-                break;
-            int err = list_add(list, (uint32_t)block);
-            if (err)
-                return err;
-        }
+    for (; word != 0; word &= word - 1) {
+        uint64_t block = i * 64 + (uint64_t)__builtin_ctzll(word);
+        if (block >= limit)
+            break;
+        int err = list_add(list, (uint32_t)block);
+        if (err)
+            return err;
     }
     return 0;
+}
+
+/* The blocks that are in the object but not yet recorded, as of now: those that were changed, and those that are as below. */
+static int list_new_blocks(struct pbk_object *object, struct range_list *changed, struct range_list *hydrated)
+{
+    int err = 0;
+    for (size_t i = 0; err == 0 && i < object->n_words && i * 64 < object->limit; i++) {
+        uint64_t has_changed = atomic_load_explicit(&object->changed[i], memory_order_acquire);
+        uint64_t is_present = atomic_load_explicit(&object->present[i], memory_order_acquire);
+        err = list_word(changed, i, has_changed & ~object->recorded[i], object->limit);
+        if (err == 0)
+            err = list_word(hydrated, i, is_present & ~has_changed & ~object->durable[i], object->limit);
+    }
+    return err;
+}
+
+static void set_blocks(uint64_t *words, const struct range_list *list)
+{
+    for (size_t i = 0; i < list->n; i++) {
+        for (uint32_t k = 0; k < list->ranges[i].count; k++) {
+            uint32_t block = list->ranges[i].first + k;
+            words[block / 64] |= UINT64_C(1) << (block % 64);
+        }
+    }
 }
 
 static int sync_directory(struct pbk_node *node)
@@ -85,20 +105,20 @@ static int sync_data(struct pbk_node *node, bool datasync)
     return err;
 }
 
-/* Data, size and page map of the object are durable, but for the journal's end. sync_lock held. */
-static int sync_object_locked(struct pbk_node *node, bool datasync)
+int node_sync_object(struct pbk_node *node, bool datasync)
 {
     struct pbk_object *object = node->object;
     struct pbk_journal *journal = node->nodes->journal;
-    struct range_list list = {0};
+    struct range_list changed = {0};
+    struct range_list hydrated = {0};
     int err = atomic_load(&object->file.sync_error);
     if (err)
         return err;
-    err = list_new_blocks(object, &list);
+    err = list_new_blocks(object, &changed, &hydrated);
     if (err)
         goto out;
     bool is_dirty = atomic_exchange(&object->file.is_dirty, false);
-    if (is_dirty || list.n > 0 || object->is_fresh || !datasync)
+    if (is_dirty || changed.n > 0 || hydrated.n > 0 || object->is_fresh || !datasync)
         err = sync_data(node, datasync);
     if (err == 0 && object->is_fresh) {
         err = sync_directory(node);
@@ -107,18 +127,18 @@ static int sync_object_locked(struct pbk_node *node, bool datasync)
     }
     if (err)
         goto out;
-    if (journal != NULL && list.n > 0) {
-        err = pbk_journal_append_pages(journal, PBK_RECORD_PAGES, object->id, list.ranges, list.n);
-        if (err)
-            goto out;
-    }
-    for (size_t i = 0; i < list.n; i++) {
-        for (uint32_t k = 0; k < list.ranges[i].count; k++) {
-            uint32_t block = list.ranges[i].first + k;
-            object->durable[block / 64] |= UINT64_C(1) << (block % 64);
-        }
-    }
-    count(&node->nodes->counters.page_records, list.n);
+    if (journal != NULL && changed.n > 0)
+        err = pbk_journal_append_pages(journal, PBK_RECORD_PAGES, object->id, changed.ranges, changed.n);
+    if (err)
+        goto out;
+    set_blocks(object->recorded, &changed);
+    set_blocks(object->durable, &changed);
+    count(&node->nodes->counters.page_records, changed.n);
+    if (journal != NULL && hydrated.n > 0)
+        err = pbk_journal_append_pages(journal, PBK_RECORD_HYDRATED, object->id, hydrated.ranges, hydrated.n);
+    if (err)
+        goto out;
+    set_blocks(object->durable, &hydrated);
     if (journal != NULL && object->is_mapped && object->limit < object->recorded_limit) {
         err = pbk_journal_append_limit(journal, object->id, object->limit, &object->settled_end);
         if (err)
@@ -128,7 +148,8 @@ static int sync_object_locked(struct pbk_node *node, bool datasync)
 out:
     if (err)
         atomic_store(&object->file.is_dirty, true);
-    free(list.ranges);
+    free(changed.ranges);
+    free(hydrated.ranges);
     return err;
 }
 
@@ -137,7 +158,7 @@ int node_record_truncate(struct pbk_node *node)
     struct pbk_object *object = node->object;
     pthread_mutex_lock(&object->sync_lock);
     atomic_store(&object->is_unsettled, true);
-    int err = sync_object_locked(node, true);
+    int err = node_sync_object(node, true);
     if (err == 0 && node->nodes->journal != NULL)
         object->settled_end = pbk_journal_end(node->nodes->journal);
     pthread_mutex_unlock(&object->sync_lock);
@@ -154,7 +175,7 @@ int node_settle(struct pbk_node *node)
     pthread_mutex_lock(&object->sync_lock);
     if (atomic_load(&object->is_unsettled)) {
         if (object->limit < object->recorded_limit)
-            err = sync_object_locked(node, true);
+            err = node_sync_object(node, true);
         if (err == 0 && journal != NULL)
             err = pbk_journal_sync_to(journal, object->settled_end);
         if (err == 0)
@@ -172,7 +193,7 @@ int pbk_node_fsync(struct pbk_node *node, bool datasync)
     pthread_rwlock_rdlock(&node->lock);
     if (node->object != NULL) {
         pthread_mutex_lock(&node->object->sync_lock);
-        err = sync_object_locked(node, datasync);
+        err = node_sync_object(node, datasync);
         pthread_mutex_unlock(&node->object->sync_lock);
     }
     pthread_rwlock_unlock(&node->lock);

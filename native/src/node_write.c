@@ -2,8 +2,9 @@
  * Changing the object of the diff: write, truncate, fallocate. A write arrives at any offset, often as half a page: the page
  * is then completed with its version below, once, and is the object's from then on.
  *
- * Order inside of a first write: pwrite, PAGES_LIVE, bit. Whatever fails on the way leaves the bit unset, and so the version
- * below in view.
+ * Order inside of a first write: pwrite, PAGES_LIVE, bits. Whatever fails on the way leaves them unset, and so the version
+ * below in view. A block that was only hydrated is in the object already: PAGES_LIVE and the bit that says that it has changed
+ * come first there, or the new bytes could be on disk and pass for those from below.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,8 +30,8 @@ static uint64_t min_u64(uint64_t a, uint64_t b)
 static void raise_size(struct pbk_node *node, uint64_t size)
 {
     uint_fast64_t old = atomic_load(&node->size);
-    while (old < size && !atomic_compare_exchange_weak_explicit(&node->size, &old, size, memory_order_release,
-                                                                memory_order_relaxed))
+    while (old < size &&
+           !atomic_compare_exchange_weak_explicit(&node->size, &old, size, memory_order_release, memory_order_relaxed))
         ;
 }
 
@@ -44,7 +45,7 @@ static void refresh_size(struct pbk_node *node, int fd)
 
 /* ---- stripes ---- */
 
-static uint64_t stripe_mask(const struct pbk_node *node, uint64_t first, uint64_t last)
+uint64_t node_stripe_mask(const struct pbk_node *node, uint64_t first, uint64_t last)
 {
     uint64_t mask = 0;
     for (uint64_t s = first / PBK_STRIPE_BLOCKS; s <= last / PBK_STRIPE_BLOCKS; s++)
@@ -52,13 +53,13 @@ static uint64_t stripe_mask(const struct pbk_node *node, uint64_t first, uint64_
     return mask;
 }
 
-static void lock_stripes(struct pbk_nodes *nodes, uint64_t mask)
+void node_lock_stripes(struct pbk_nodes *nodes, uint64_t mask)
 {
     for (; mask != 0; mask &= mask - 1)
         pthread_mutex_lock(&nodes->stripes[__builtin_ctzll(mask)]);
 }
 
-static void unlock_stripes(struct pbk_nodes *nodes, uint64_t mask)
+void node_unlock_stripes(struct pbk_nodes *nodes, uint64_t mask)
 {
     for (; mask != 0; mask &= mask - 1)
         pthread_mutex_unlock(&nodes->stripes[__builtin_ctzll(mask)]);
@@ -66,8 +67,9 @@ static void unlock_stripes(struct pbk_nodes *nodes, uint64_t mask)
 
 /* ---- mapped objects ---- */
 
-/* Blocks first … last hold their content: record those that are new and set their bits. Stripes locked, at most a chunk. */
-static int add_blocks(struct pbk_node *node, uint64_t first, uint64_t last)
+/* Records those of the blocks first … last as changed that are in the object but were not changed (is_present), or that are
+ * not yet in the object (else), and sets their bits. Stripes locked, at most a chunk. */
+static int mark_blocks(struct pbk_node *node, uint64_t first, uint64_t last, bool is_present)
 {
     struct pbk_object *object = node->object;
     struct pbk_range ranges[PBK_CHUNK_BLOCKS / 2 + 1];
@@ -75,7 +77,7 @@ static int add_blocks(struct pbk_node *node, uint64_t first, uint64_t last)
     uint64_t n_new = 0;
     bool in_range = false;
     for (uint64_t b = first; b <= last; b++) {
-        if (object_has(object, b)) {
+        if (object_has_changed(object, b) || object_has(object, b) != is_present) {
             in_range = false;
             continue;
         }
@@ -92,17 +94,35 @@ static int add_blocks(struct pbk_node *node, uint64_t first, uint64_t last)
         if (err)
             return err;
     }
-    for (size_t i = 0; i < n; i++)
-        for (uint32_t k = 0; k < ranges[i].count; k++)
-            object_set(object, (uint64_t)ranges[i].first + k);
-    count(&node->nodes->counters.blocks_new, n_new);
+    for (size_t i = 0; i < n; i++) {
+        for (uint32_t k = 0; k < ranges[i].count; k++) {
+            uint64_t block = (uint64_t)ranges[i].first + k;
+            if (!is_present)
+                set_bit(object->present, block);
+            set_bit(object->changed, block);
+        }
+    }
+    if (!is_present)
+        count(&node->nodes->counters.blocks_new, n_new);
     return 0;
 }
 
-static bool has_all(const struct pbk_object *object, uint64_t first, uint64_t last)
+/* Before blocks first … last are written: those that were hydrated begin to differ from what is below. */
+static int mark_hydrated(struct pbk_node *node, uint64_t first, uint64_t last)
+{
+    return mark_blocks(node, first, last, true);
+}
+
+/* After it: the new ones hold their content. */
+static int add_blocks(struct pbk_node *node, uint64_t first, uint64_t last)
+{
+    return mark_blocks(node, first, last, false);
+}
+
+static bool all_changed(const struct pbk_object *object, uint64_t first, uint64_t last)
 {
     for (uint64_t b = first; b <= last; b++)
-        if (!object_has(object, b))
+        if (!object_has_changed(object, b))
             return false;
     return true;
 }
@@ -133,8 +153,10 @@ static int write_new(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_
     uint64_t from = off;
     struct iovec iov[3];
     int n = 0;
-    int err;
 
+    int err = mark_hydrated(node, first, last);
+    if (err)
+        return err;
     bool is_partial_head = off % PBK_BLCKSZ != 0 || (first == last && end % PBK_BLCKSZ != 0);
     if (is_partial_head && !object_has(node->object, first)) {
         size_t part = (size_t)(min_u64((first + 1) * PBK_BLCKSZ, end) - off);
@@ -160,7 +182,8 @@ static int write_new(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_
     return err ? err : add_blocks(node, first, last);
 }
 
-static int write_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t off, const uint8_t *data, size_t len)
+static int write_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t off, const uint8_t *data,
+                        size_t len)
 {
     struct pbk_object *object = node->object;
     uint64_t limit = (uint64_t)object->limit * PBK_BLCKSZ;
@@ -173,13 +196,13 @@ static int write_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint
         uint64_t first = off / PBK_BLCKSZ;
         uint64_t last = (end - 1) / PBK_BLCKSZ;
         int err;
-        if (has_all(object, first, last)) {
+        if (all_changed(object, first, last)) {
             err = pbk_pwrite_full(fd, data, n, off);
         } else {
-            uint64_t mask = stripe_mask(node, first, last);
-            lock_stripes(node->nodes, mask);
+            uint64_t mask = node_stripe_mask(node, first, last);
+            node_lock_stripes(node->nodes, mask);
             err = write_new(node, ctx, fd, off, data, n);
-            unlock_stripes(node->nodes, mask);
+            node_unlock_stripes(node->nodes, mask);
         }
         if (err)
             return err;
@@ -192,8 +215,7 @@ static int write_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint
 
 /* ---- the frame around every change ---- */
 
-/* Passes the gate, locks the node and gets its object's descriptor. PBK_NO_OBJECT or -errno: nothing is held. */
-static int begin_change(struct pbk_node *node, bool is_exclusive, int *fd)
+int node_enter(struct pbk_node *node, bool is_exclusive, int *fd)
 {
     pbk_gate_enter(&node->nodes->gate);
     if (is_exclusive)
@@ -206,7 +228,8 @@ static int begin_change(struct pbk_node *node, bool is_exclusive, int *fd)
         if (*fd >= 0)
             return 0;
         err = *fd;
-        pbk_log_failure(&node->nodes->log, node->object->file.path, PBK_LOG_NO_BLOCK, "diff", "object can't be opened", -err);
+        pbk_log_failure(&node->nodes->log, node->object->file.path, PBK_LOG_NO_BLOCK, "diff", "object can't be opened",
+                        -err);
         if (err != -EMFILE && err != -ENFILE && err != -ENOMEM && err != -EROFS)
             err = -EIO;
     }
@@ -215,15 +238,22 @@ static int begin_change(struct pbk_node *node, bool is_exclusive, int *fd)
     return err;
 }
 
-static int end_change(struct pbk_node *node, int fd, int err)
+void node_leave(struct pbk_node *node, int fd)
 {
-    if (err)
-        refresh_size(node, fd);
-    /* Set after the change and before the descriptor is given back: see sync_object_locked and enforce_bound. */
+    (void)fd;
+    /* Set after the change and before the descriptor is given back: see node_sync_object and enforce_bound. */
     atomic_store(&node->object->file.is_dirty, true);
     pbk_file_release(&node->nodes->files, &node->object->file);
     pthread_rwlock_unlock(&node->lock);
     pbk_gate_leave(&node->nodes->gate);
+}
+
+static int end_change(struct pbk_node *node, int fd, int err)
+{
+    if (err)
+        refresh_size(node, fd);
+    count(&node->n_changes, 1);
+    node_leave(node, fd);
     count(err ? &node->nodes->counters.write_errors : &node->nodes->counters.writes, 1);
     return err;
 }
@@ -240,14 +270,15 @@ ssize_t pbk_node_write(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off,
     int err = check_end(off, len, &end);
     if (err)
         return err;
-    err = begin_change(node, false, &fd);
+    err = node_enter(node, false, &fd);
     if (err)
         return err;
     if (len > 0) {
         if (end > atomic_load(&node->size))
             err = node_settle(node);
         if (err == 0)
-            err = node->object->is_mapped ? write_mapped(node, ctx, fd, off, data, len) : pbk_pwrite_full(fd, data, len, off);
+            err = node->object->is_mapped ? write_mapped(node, ctx, fd, off, data, len)
+                                          : pbk_pwrite_full(fd, data, len, off);
         if (err == 0)
             raise_size(node, end);
     }
@@ -324,7 +355,7 @@ int pbk_node_truncate(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size)
     int fd;
     if (size > INT64_MAX)
         return -EFBIG;
-    int err = begin_change(node, true, &fd);
+    int err = node_enter(node, true, &fd);
     if (err)
         return err;
     return end_change(node, fd, node_truncate_locked(node, ctx, size));
@@ -332,20 +363,26 @@ int pbk_node_truncate(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size)
 
 /* ---- fallocate ---- */
 
-/* Whole blocks [start, end) become holes of the object, and the object's. */
-static int punch_blocks(struct pbk_node *node, int fd, uint64_t start, uint64_t end)
+/* Marks blocks first … stop - 1, chunk by chunk. */
+static int mark_range(struct pbk_node *node, uint64_t first, uint64_t stop, bool is_present)
 {
-    int err = pbk_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start);
-    if (err)
-        return err;
-    uint64_t first = start / PBK_BLCKSZ;
-    uint64_t stop = min_u64(end / PBK_BLCKSZ, node->object->limit);
+    int err = 0;
     while (err == 0 && first < stop) {
         uint64_t next = min_u64((first / PBK_CHUNK_BLOCKS + 1) * PBK_CHUNK_BLOCKS, stop);
-        err = add_blocks(node, first, next - 1);
+        err = mark_blocks(node, first, next - 1, is_present);
         first = next;
     }
     return err;
+}
+
+/* Whole blocks [start, end) become holes of the object, and the object's. */
+static int punch_blocks(struct pbk_node *node, int fd, uint64_t start, uint64_t end)
+{
+    uint64_t stop = min_u64(end / PBK_BLCKSZ, node->object->limit);
+    int err = mark_range(node, start / PBK_BLCKSZ, stop, true);
+    if (err == 0)
+        err = pbk_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start);
+    return err ? err : mark_range(node, start / PBK_BLCKSZ, stop, false);
 }
 
 /* With the exclusive node lock: nobody else sets bits, so stripes are only taken where the write path takes them. */
@@ -394,7 +431,7 @@ int pbk_node_fallocate(struct pbk_node *node, struct pbk_ctx *ctx, int mode, uin
     int what = mode & ~FALLOC_FL_KEEP_SIZE;
     if ((what != 0 && what != FALLOC_FL_PUNCH_HOLE && what != FALLOC_FL_ZERO_RANGE) || mode == FALLOC_FL_PUNCH_HOLE)
         return -EOPNOTSUPP;
-    err = begin_change(node, what != 0, &fd);
+    err = node_enter(node, what != 0, &fd);
     if (err)
         return err;
     if (what == 0 || !node->object->is_mapped) {
@@ -432,7 +469,7 @@ int pbk_node_stat(struct pbk_node *node, struct stat *st)
 int pbk_node_utimens(struct pbk_node *node, const struct timespec ts[2])
 {
     int fd;
-    int err = begin_change(node, false, &fd);
+    int err = node_enter(node, false, &fd);
     if (err)
         return err;
     return end_change(node, fd, futimens(fd, ts) == 0 ? 0 : -errno);

@@ -176,7 +176,9 @@ static void free_object(struct pbk_nodes *nodes, struct pbk_object *object)
         pbk_file_destroy(&nodes->files, &object->file);
     pthread_mutex_destroy(&object->sync_lock);
     free(object->present);
+    free(object->changed);
     free(object->durable);
+    free(object->recorded);
     free(object);
 }
 
@@ -222,7 +224,8 @@ static int check_order(const struct pbk_source_spec *specs, unsigned n_specs)
     return 0;
 }
 
-int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs, unsigned n_specs)
+int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
+                  unsigned n_specs)
 {
     if (size > INT64_MAX || n_specs > PBK_MAX_SOURCES || check_order(specs, n_specs) != 0)
         return -EINVAL;
@@ -277,20 +280,33 @@ bool pbk_node_has_object(struct pbk_node *node)
     return has;
 }
 
+/* Word i of a bitmap that the caller gave, without the blocks from the limit on. */
+static uint64_t word_of(const uint8_t *bitmap, size_t n_bytes, size_t i, uint32_t limit)
+{
+    uint64_t word = i * 8 < n_bytes ? pbk_get_u64(bitmap + i * 8) : 0;
+    return i == limit / 64 ? word & ((UINT64_C(1) << (limit % 64)) - 1) : word;
+}
+
 static int init_bitmaps(struct pbk_object *object, const struct pbk_attach *attach, uint32_t limit)
 {
     size_t n_words = ((size_t)limit + 63) / 64;
+    size_t room = n_words ? n_words : 1;
     object->n_words = n_words;
-    object->present = calloc(n_words ? n_words : 1, sizeof(*object->present));
-    object->durable = calloc(n_words ? n_words : 1, sizeof(*object->durable));
-    if (object->present == NULL || object->durable == NULL)
+    object->present = calloc(room, sizeof(*object->present));
+    object->changed = calloc(room, sizeof(*object->changed));
+    object->durable = calloc(room, sizeof(*object->durable));
+    object->recorded = calloc(room, sizeof(*object->recorded));
+    if (object->present == NULL || object->changed == NULL || object->durable == NULL || object->recorded == NULL)
         return -ENOMEM;
-    for (size_t i = 0; i < n_words && i * 8 < attach->bitmap_bytes; i++) {
-        uint64_t word = pbk_get_u64(attach->bitmap + i * 8);
-        if (i == n_words - 1 && limit % 64 != 0)
-            word &= (UINT64_C(1) << (limit % 64)) - 1;
-        atomic_init(&object->present[i], word);
-        object->durable[i] = word;
+    for (size_t i = 0; i < n_words; i++) {
+        uint64_t changed = word_of(attach->bitmap, attach->bitmap_bytes, i, limit);
+        uint64_t present = changed | word_of(attach->hydrated, attach->hydrated_bytes, i, limit);
+        if (attach->is_whole)
+            present = word_of(all_ones, sizeof(all_ones), 0, i == limit / 64 ? limit % 64 : 64);
+        atomic_init(&object->changed[i], changed);
+        object->recorded[i] = changed;
+        atomic_init(&object->present[i], present);
+        object->durable[i] = present;
     }
     return 0;
 }
@@ -303,7 +319,7 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
     struct pbk_object *object;
     int err;
 
-    if (attach->bitmap_bytes % 8 != 0)
+    if (attach->bitmap_bytes % 8 != 0 || attach->hydrated_bytes % 8 != 0)
         return -EINVAL;
     if (attach->is_mapped && blocks_of(node->below_size) > PBK_MAX_BLOCKS)
         return -EFBIG;
@@ -314,11 +330,13 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
     object->id = attach->object;
     object->is_mapped = attach->is_mapped;
     object->is_fresh = attach->is_fresh;
+    atomic_init(&object->is_whole, attach->is_whole);
     object->file.fd = -1;
     snprintf(path, sizeof(path), "%02x/%llx", (unsigned)(attach->object & 255), (unsigned long long)attach->object);
     err = pbk_file_init(&object->file, nodes->objects_fd, path, O_RDWR);
     if (err == 0 && attach->is_mapped) {
-        object->limit = attach->limit < blocks_of(node->below_size) ? attach->limit : (uint32_t)blocks_of(node->below_size);
+        object->limit =
+            attach->limit < blocks_of(node->below_size) ? attach->limit : (uint32_t)blocks_of(node->below_size);
         object->recorded_limit = object->limit;
         err = init_bitmaps(object, attach, object->limit);
         if (err == 0 && attach->limit != PBK_NO_LIMIT && nodes->journal != NULL) {
@@ -421,11 +439,11 @@ size_t pbk_nodes_counters(struct pbk_nodes *nodes, struct pbk_counter *out, size
     uint64_t gauge_nodes = nodes->n_nodes;
     pthread_rwlock_unlock(&nodes->table_lock);
     take_log_counts(nodes);
-#define FILL_COUNTER(field)                                                                                                  \
-    if (n < max)                                                                                                             \
+#define FILL_COUNTER(field)                                                                                            \
+    if (n < max)                                                                                                       \
         out[n++] = (struct pbk_counter){#field, atomic_load(&nodes->counters.field)};
-#define FILL_GAUGE(field)                                                                                                    \
-    if (n < max)                                                                                                             \
+#define FILL_GAUGE(field)                                                                                              \
+    if (n < max)                                                                                                       \
         out[n++] = (struct pbk_counter){#field, gauge_##field};
     PBK_NODES_COUNTERS(FILL_COUNTER, FILL_GAUGE)
 #undef FILL_COUNTER

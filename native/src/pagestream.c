@@ -41,7 +41,8 @@ static int window_get(struct window *w, uint64_t pos, const uint8_t **header)
     return 0;
 }
 
-int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit visit, void *arg, struct pbk_page_walk *walk)
+int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit visit, void *arg,
+                   struct pbk_page_walk *walk)
 {
     struct window w = {.fd = fd, .file_size = stored_size};
     uint64_t pos = 0;

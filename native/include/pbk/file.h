@@ -14,15 +14,15 @@
 #include <stdint.h>
 
 struct pbk_file {
-    int dir_fd;       /* the caller's, outlives the file */
-    int flags;        /* O_RDONLY or O_RDWR */
-    char *path;       /* owned */
+    int dir_fd; /* the caller's, outlives the file */
+    int flags;  /* O_RDONLY or O_RDWR */
+    char *path; /* owned */
     /* What follows is guarded by the set's lock, but for the atomics. */
-    int fd;           /* -1: not open */
-    unsigned n_pins;  /* uses; 0 and open: in the list */
+    int fd;          /* -1: not open */
+    unsigned n_pins; /* uses; 0 and open: in the list */
     struct pbk_file *newer;
     struct pbk_file *older;
-    atomic_bool is_dirty; /* written to since the last fdatasync */
+    atomic_bool is_dirty;  /* written to since the last fdatasync */
     atomic_int sync_error; /* first failed fdatasync, sticky: its pages are lost though the kernel calls them clean */
 };
 

@@ -25,7 +25,8 @@ struct pbk_index_damage {
 };
 
 struct pbk_index {
-    struct pbk_index **owner; /* who points to it; guarded by the set's lock, as the links and the count of references */
+    /* who points to it; guarded by the set's lock, as the links and the count of references */
+    struct pbk_index **owner;
     struct pbk_index *newer;
     struct pbk_index *older;
     unsigned n_refs;
@@ -56,7 +57,8 @@ static inline unsigned pbk_index_source(uint64_t entry)
  * logged, and the blocks it might have stored are marked: what newer layers store stays readable. *index or -errno.
  */
 int pbk_index_build(struct pbk_source *sources, unsigned first_source, unsigned n_sources, uint32_t n_blocks,
-                    struct pbk_file_set *files, struct pbk_inflater *inflater, struct pbk_log *log, struct pbk_index **index);
+                    struct pbk_file_set *files, struct pbk_inflater *inflater, struct pbk_log *log,
+                    struct pbk_index **index);
 
 /* What is stored for a block: its entry, 0 for a hole, or PBK_INDEX_DAMAGED with *source set. */
 #define PBK_INDEX_DAMAGED UINT64_MAX

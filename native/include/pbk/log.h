@@ -28,6 +28,7 @@ void pbk_log_destroy(struct pbk_log *);
 
 /* file is shown with everything but printable ASCII escaped; reason is lower case, without a full stop. error, if not 0, is a
  * positive errno whose name is appended. */
-void pbk_log_failure(struct pbk_log *, const char *file, uint64_t block, const char *layer, const char *reason, int error);
+void pbk_log_failure(struct pbk_log *, const char *file, uint64_t block, const char *layer, const char *reason,
+                     int error);
 
 #endif

@@ -13,29 +13,29 @@
 #include "pbk/source.h"
 
 /* Counters. G is a gauge: the value of now, which a reset leaves alone. */
-#define PBK_NODES_COUNTERS(C, G)                                                                                             \
-    G(nodes)            /* registered */                                                                                     \
-    G(open_files)       /* descriptors of sources and objects */                                                             \
-    G(index_bytes)      /* loaded page indexes */                                                                            \
-    C(index_loads)      /* page indexes built */                                                                             \
-    C(reads)            /* calls of pbk_node_read */                                                                         \
-    C(bytes_read)       /* bytes they answered */                                                                            \
-    C(base_reads)       /* read system calls on sources */                                                                   \
-    C(object_reads)     /* read system calls on objects of the diff */                                                       \
-    C(pages_raw)        /* stored pages answered as they are */                                                              \
-    C(pages_inflated)   /* stored pages decompressed */                                                                      \
-    C(pages_hole)       /* blocks that nothing stores */                                                                     \
-    C(read_errors)      /* reads that failed */                                                                              \
-    C(writes)           /* calls that wrote, allocated, punched or truncated */                                              \
-    C(bytes_written)    /* bytes of writes */                                                                                \
-    C(write_errors)     /* changes that failed */                                                                            \
-    C(blocks_new)       /* blocks that came into an object */                                                                \
-    C(blocks_copied)    /* of these, blocks that were merged with their version below */                                     \
-    C(bytes_copied)     /* bytes read from below for that, and by copies of whole files */                                   \
-    C(fsyncs)           /* calls of pbk_node_fsync */                                                                        \
-    C(page_records)     /* ranges of blocks recorded as durable */                                                           \
-    C(log_lines)        /* failure lines written */                                                                          \
-    C(log_suppressed)   /* failure lines left out */
+#define PBK_NODES_COUNTERS(C, G)                                                                                       \
+    G(nodes)          /* registered */                                                                                 \
+    G(open_files)     /* descriptors of sources and objects */                                                         \
+    G(index_bytes)    /* loaded page indexes */                                                                        \
+    C(index_loads)    /* page indexes built */                                                                         \
+    C(reads)          /* calls of pbk_node_read */                                                                     \
+    C(bytes_read)     /* bytes they answered */                                                                        \
+    C(base_reads)     /* read system calls on sources */                                                               \
+    C(object_reads)   /* read system calls on objects of the diff */                                                   \
+    C(pages_raw)      /* stored pages answered as they are */                                                          \
+    C(pages_inflated) /* stored pages decompressed */                                                                  \
+    C(pages_hole)     /* blocks that nothing stores */                                                                 \
+    C(read_errors)    /* reads that failed */                                                                          \
+    C(writes)         /* calls that wrote, allocated, punched or truncated */                                          \
+    C(bytes_written)  /* bytes of writes */                                                                            \
+    C(write_errors)   /* changes that failed */                                                                        \
+    C(blocks_new)     /* blocks that came into an object */                                                            \
+    C(blocks_copied)  /* of these, blocks that were merged with their version below */                                 \
+    C(bytes_copied)   /* bytes read from below for that, and by copies of whole files */                               \
+    C(fsyncs)         /* calls of pbk_node_fsync */                                                                    \
+    C(page_records)   /* ranges of blocks recorded as durable */                                                       \
+    C(log_lines)      /* failure lines written */                                                                      \
+    C(log_suppressed) /* failure lines left out */
 
 struct pbk_counter {
     const char *name;
@@ -48,7 +48,8 @@ void pbk_nodes_clear(struct pbk_nodes *); /* removes all nodes */
 void pbk_nodes_free(struct pbk_nodes *);  /* nobody holds a node any more */
 
 /* Registers a file without an object; size is what a reader sees. -EEXIST, -EINVAL, -ENOMEM. */
-int pbk_nodes_add(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs, unsigned n_specs);
+int pbk_nodes_add(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
+                  unsigned n_specs);
 int pbk_nodes_remove(struct pbk_nodes *, uint64_t ino); /* -ENOENT */
 
 /* What the journal says about an object that becomes the top of a node. The object and its size are durable by now, so one that

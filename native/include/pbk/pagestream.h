@@ -33,7 +33,8 @@ struct pbk_page_walk {
 };
 
 /* Walks the records of a stored file. 0, -EIO (what was visited before is right), or another -errno. visit may be NULL. */
-int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit visit, void *arg, struct pbk_page_walk *walk);
+int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit visit, void *arg,
+                   struct pbk_page_walk *walk);
 
 /* Visits the records which the header map has for one file. On -EIO about the map nothing was visited. */
 int pbk_headermap_walk(int map_fd, int64_t off, int64_t size, uint32_t crc, uint32_t n_headers, uint64_t stored_size,

@@ -35,8 +35,8 @@ struct pbk_source_spec {
     uint32_t limit;    /* pages: blocks from it on are ignored; object: blocks from it on are the object's */
     /* pages */
     int compress;
-    bool is_padded;     /* payloads are padded to 8 (before 2.4.0) */
-    bool is_zlib_8192;  /* a payload of 8192 bytes can be compressed (before 2.0.23) */
+    bool is_padded;    /* payloads are padded to 8 (before 2.4.0) */
+    bool is_zlib_8192; /* a payload of 8192 bytes can be compressed (before 2.0.23) */
     bool has_headers;
     int headers_fd;
     const char *headers_path;
