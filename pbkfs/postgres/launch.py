@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pbkfs.errors import HostError, PostgresError, TimedOutError
+from pbkfs.postgres.account import Account
 from pbkfs.postgres.binaries import Binaries
 from pbkfs.postgres.cluster import Cluster, is_in_recovery
 from pbkfs.postgres.network import Place
@@ -114,8 +115,7 @@ def open_log(cluster: Cluster, named: Path | None, run_dir: Path) -> ServerLog:
         try:
             if path.parent.name == "log" and cluster.diff is not None:
                 path.parent.mkdir(mode=0o700, exist_ok=True)
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            return ServerLog(path.absolute(), os.open(path, flags, 0o600))
+            return ServerLog(path.absolute(), _open_for(cluster.owner, path))
         except OSError as error:
             problem = error
     assert problem is not None
@@ -123,6 +123,18 @@ def open_log(cluster: Cluster, named: Path | None, run_dir: Path) -> ServerLog:
         f"cannot write the log {candidates[0]}: {problem.strerror}",
         hint="Name another file with --log.",
     )
+
+
+def _open_for(owner: Account, path: Path) -> int:
+    """Open a log; a new one is the server's user's, who may start the next server himself."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return os.open(path, flags, 0o600)
+    if os.geteuid() == 0:
+        os.fchown(fd, owner.uid, owner.gid)
+    return fd
 
 
 # --- launching and waiting --------------------------------------------------------------------
@@ -254,7 +266,8 @@ class Launch:
         if any(_TARGET_MISSED in line for line in lines):
             hint = (
                 "The archive ends before the recovery target, or the target is before the end of "
-                f"the backup. {hint}"
+                "the backup. Start again with another target, or with --recovery-target latest "
+                f"to take all that there is. {hint}"
             )
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         tail = "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])

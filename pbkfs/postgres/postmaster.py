@@ -185,6 +185,19 @@ def find_survivors(data_dir: Path) -> list[int]:
     return [pid for pid in _all_pids() if _is_server_process(pid, data_dir)]
 
 
+def running_data_dirs() -> list[Path]:
+    """Return the data directories of all servers of this host that may be seen."""
+    found = []
+    for pid in _all_pids():
+        try:
+            program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+            if program in _PROGRAMS and _shares_namespace(pid):
+                found.append(Path(os.readlink(f"/proc/{pid}/cwd")))
+        except OSError:
+            continue
+    return list(dict.fromkeys(found))
+
+
 def pid_is_used(pid: int) -> bool:
     """Return whether any process has this pid now."""
     return _start_ticks(pid) is not None

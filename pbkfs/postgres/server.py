@@ -34,7 +34,13 @@ from pbkfs.postgres.network import (
     make_run_directory,
     remove_run_directory,
 )
-from pbkfs.postgres.postmaster import find_postmaster, find_survivors, pid_is_used, read_pid_file
+from pbkfs.postgres.postmaster import (
+    find_postmaster,
+    find_survivors,
+    pid_is_used,
+    read_pid_file,
+    running_data_dirs,
+)
 from pbkfs.postgres.recovery import SIGNAL, Recovery, make_restore_command, plan_recovery
 from pbkfs.postgres.safe_start import SafeStart, can_edit, comment_out, plan_safe_start
 from pbkfs.postgres.wal_feeder import SOCKET_NAME, WalFeeder
@@ -58,6 +64,7 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
     binaries = find_binaries(cluster.major, options.bindir)
     _check_not_running(cluster)
     _check_places(cluster, binaries)
+    _check_nothing_is_shared(cluster)
     control = read_control(cluster, binaries)
     recovery = plan_recovery(cluster, options.target, options.archive)
     configuration = read_configuration(cluster.data_dir)
@@ -77,7 +84,7 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
             recovers=recovery is not None,
         )
         if options.trusts_socket:
-            plan.set("hba_file", str(_write_trusting_hba(cluster, run_dir)))
+            _plan_trusting_hba(cluster, plan, run_dir)
         feeder = None
         if recovery is not None:
             feeder = _plan_recovery(cluster, plan, recovery, configuration, run_dir)
@@ -177,6 +184,40 @@ def _check_places(cluster: Cluster, binaries: Binaries) -> None:
         )
 
 
+def _check_nothing_is_shared(cluster: Cluster) -> None:
+    """Refuse a copy whose links lead into the directories of another server that runs here.
+
+    ``cp -a`` copies the links of pg_wal and of tablespaces, and with them the original's WAL.
+    """
+    if cluster.is_mount:
+        return  # its links stay inside of the mount and the diff
+    mine = _linked_places(cluster.data_dir)
+    for other in running_data_dirs():
+        shared = mine.keys() & _linked_places(other).keys()
+        if shared:
+            where = min(shared)
+            raise PostgresError(
+                f"{mine[where]} leads to {where}, which the running server of {other} uses",
+                hint="Copy that directory too and let the link point to the copy.",
+            )
+
+
+def _linked_places(data_dir: Path) -> dict[str, Path]:
+    """Return the real directories of pg_wal and of the tablespaces, with what leads there."""
+    found = {}
+    try:
+        names = [
+            Path("pg_wal"),
+            *(Path("pg_tblspc") / n for n in os.listdir(data_dir / "pg_tblspc")),
+        ]
+    except OSError:
+        return {}
+    for name in names:
+        if (data_dir / name).exists():
+            found[os.path.realpath(data_dir / name)] = data_dir / name
+    return found
+
+
 def _cluster_name(cluster: Cluster) -> str:
     # Shown in the process list. Source: guc_tables.c allows NAMEDATALEN - 1 bytes of ASCII.
     name = f"pbkfs {cluster.data_dir}"
@@ -184,22 +225,25 @@ def _cluster_name(cluster: Cluster) -> str:
     return ascii_name if len(ascii_name) < 64 else f"{ascii_name[:20]}...{ascii_name[-40:]}"
 
 
-def _write_trusting_hba(cluster: Cluster, run_dir: Path) -> Path:
+def _plan_trusting_hba(cluster: Cluster, plan: SafeStart, run_dir: Path) -> None:
     """Write an hba file which trusts the local socket and else says what PGDATA's says.
 
     It lies beside the socket and not in the diff, whose top only the worker's user can write.
     """
     text = "local all all trust\nlocal replication all trust\n"
+    named = plan.value("hba_file") or "pg_hba.conf"
     try:
-        kept = cluster.read("pg_hba.conf").decode("utf-8", "surrogateescape")
+        kept = cluster.read(named).decode("utf-8", "surrogateescape")
     except OSError:
-        kept = ""
+        kept = plan.files.get(Path(named).name, "")
     # Included files are looked for beside the file that includes them, so they cannot come along.
-    if not re.search(r"(?m)^\s*include|[\s,]@|^@", kept):
+    if re.search(r"(?m)^\s*include|[\s,]@|^@", kept):
+        plan.notices.append("only the local socket is open: pg_hba.conf includes other files")
+    else:
         text += kept
     path = run_dir / "pg_hba.conf"
     write_for(cluster.owner, path, text.encode("utf-8", "surrogateescape"))
-    return path
+    plan.set("hba_file", str(path))
 
 
 def _plan_recovery(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from fix_postgres import ArchivedSource, Cluster, Programs
+from fix_postgres import ArchivedSource, Cluster, Programs, copy_tree
 
 LIBRARIES = "pg_cron, pg_stat_statements, no_such_library, $libdir/no_such_other"
 
@@ -217,6 +218,37 @@ def test_a_tablespace_map_that_is_no_mount(newest_cluster: Cluster) -> None:
     (cluster.pgdata / "tablespace_map").write_text("16400 /srv/production/ts\n")
     message, _ = cluster.fail_to_start(10)
     assert "original's tablespaces" in message
+
+
+def test_a_copy_that_shares_wal_or_a_tablespace_with_a_running_server(
+    newest_cluster: Cluster, server_place: Path
+) -> None:
+    """As cp -a copies it: the links lead to the original's directories."""
+    original = newest_cluster
+    user = original.programs.user
+    copy = Cluster(copy_tree(original.pgdata, server_place / "copy"), original.programs)
+    wal, tablespace = server_place / "wal", server_place / "tablespace"
+    (original.pgdata / "pg_wal").rename(wal)
+    for cluster in (original, copy):
+        shutil.rmtree(cluster.pgdata / "pg_wal", ignore_errors=True)
+        (cluster.pgdata / "pg_wal").symlink_to(wal)
+    original.start()
+    before = copy.tree()
+    message, hint = copy.fail_to_start(10)
+    assert f"{copy.pgdata}/pg_wal leads to {wal}" in message
+    assert f"the running server of {original.pgdata} uses" in message
+    assert "let the link point to the copy" in hint
+    (copy.pgdata / "pg_wal").unlink()
+    copy_tree(wal, copy.pgdata / "pg_wal")
+
+    tablespace.mkdir()
+    user.give(tablespace)
+    original.sql(f"create tablespace ts location '{tablespace}'")
+    oid = original.sql("select oid from pg_tablespace where spcname = 'ts'")
+    (copy.pgdata / "pg_tblspc" / oid).symlink_to(tablespace)
+    message, _ = copy.fail_to_start(10)
+    assert f"pg_tblspc/{oid} leads to {tablespace}" in message
+    assert "pg_wal" in before
 
 
 def test_a_missing_include_that_is_no_mount(newest_cluster: Cluster) -> None:
