@@ -72,14 +72,26 @@ def run_group(group: str, data: Data, args: argparse.Namespace) -> None:
             made.close()
         for side in sides.values():
             side.close()
+        if figures:
+            _report(group, figures, sides, args, time.monotonic() - started)
+
+
+def _report(
+    group: str,
+    figures: Sequence[Figure],
+    sides: dict[str, Side],
+    args: argparse.Namespace,
+    seconds: float,
+) -> None:
+    """Print and write what was measured, also when a later figure failed."""
     print_table(figures)
     settings = {
         "rounds": args.rounds,
         "quick": args.quick,
-        "figures": args.figure or list(made.FIGURES),
+        "figures": args.figure or "all",
         "sides": list(sides),
         "mount_options": args.mount_option,
-        "seconds": round(time.monotonic() - started),
+        "seconds": round(seconds),
     }
     path = write_results(group, figures, settings, args.results)
     say(f"results: {path}")

@@ -152,7 +152,7 @@ class Data:
         path.parent.mkdir(exist_ok=True)
         with path.open("wb") as out:
             for block in range(n_blocks):
-                out.write(_page(block, 0x1500028))
+                out.write(_page(block, 0x1400028))
         five = CatalogWriter(home / "store-chain5")
         five_zlib = CatalogWriter(home / "store-chain5-zlib")
         five.add(source, compress="none")
