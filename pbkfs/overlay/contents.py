@@ -25,6 +25,9 @@ from pbkfs.pgdata import is_relation_file
 # Up to this size a file that is no relation is copied whole at its first write.
 MAX_WHOLE_BYTES = 1 << 20
 
+# Files from which on the end of a mount syncs the file system instead of each of them.
+_SYNCFS_FROM = 2000
+
 _log = logging.getLogger(__name__)
 
 
@@ -72,11 +75,8 @@ class Contents:
 
     def _attach(self, file: File, piece: Piece, *, is_fresh: bool = False) -> None:
         page_map = self._diff.page_maps.get(piece.object_id, EMPTY_MAP)
-        bitmap: bytes | None = None
         limit = NO_LIMIT
-        is_mapped = piece.is_mapped and not page_map.is_whole
-        if is_mapped:
-            bitmap = page_map.bitmap
+        if piece.is_mapped:
             size = self._diff.objects.stat(piece.object_id).st_size
             found = self._stack.live_limit(file, piece, size)
             # A limit that is not the length of the version below makes the native half sync the
@@ -85,10 +85,12 @@ class Contents:
         self.nodes.attach(
             file.ino,
             piece.object_id,
-            bitmap=bitmap,
+            bitmap=page_map.changed,
             limit=limit,
-            mapped=is_mapped,
+            mapped=piece.is_mapped,
             fresh=is_fresh,
+            hydrated=page_map.hydrated,
+            whole=page_map.is_whole,
         )
         # The node has it now, and keeps it: a node with an object stays until the file is gone.
         self._diff.page_maps.pop(piece.object_id, None)
@@ -247,24 +249,28 @@ class Contents:
     def sync_all(self) -> None:
         """Make all contents durable. Raises the first OSError, after trying all files.
 
-        One syncfs instead of an fsync a file, which is a flush of the disk's cache for each; only
-        page maps are left to be recorded then.
+        Beyond some thousand files one syncfs is faster than a flush of the disk's cache for each;
+        below, it would wait for what others wrote to the same file system. Page maps are left to
+        be recorded either way.
         """
         first: OSError | None = None
-        try:
-            self._diff.sync_file_system()
-        except OSError as error:
-            first = error
-        for inode in self._namespace.inodes.values():
-            if not isinstance(inode, File) or not self.nodes.has(inode.ino):
-                continue
-            piece = self._stack.live_piece(inode)
-            if piece is None or not piece.is_mapped:
-                continue
+        pieces = [
+            (inode.ino, piece)
+            for inode in self._namespace.inodes.values()
+            if isinstance(inode, File) and (piece := self._stack.live_piece(inode)) is not None
+        ]
+        open_pieces = [(ino, piece) for ino, piece in pieces if self.nodes.has(ino)]
+        if len(open_pieces) > _SYNCFS_FROM:
             try:
-                self.nodes.fsync(inode.ino, True)
+                self._diff.sync_file_system()
+                open_pieces = [(ino, piece) for ino, piece in open_pieces if piece.is_mapped]
             except OSError as error:
-                _log.error("%s: cannot sync inode %d: %s", self._diff.path, inode.ino, error)
+                first = error
+        for ino, piece in open_pieces:
+            try:
+                self.nodes.fsync(ino, True)
+            except OSError as error:
+                _log.error("%s: cannot sync object %x: %s", self._diff.path, piece.object_id, error)
                 first = first or error
         if first is not None:
             raise first

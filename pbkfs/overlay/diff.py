@@ -46,7 +46,7 @@ WAL = "pg_wal"
 _HARMLESS = frozenset({"lock", "binding.json", "control.sock", "log", "lost+found"})
 
 # A journal below this size is not worth a rewrite.
-_COMPACTION_BYTES = 64 << 10
+COMPACTION_BYTES = 64 << 10
 
 _NO_BOOT = bytes(16)
 
@@ -57,9 +57,20 @@ _log = logging.getLogger(__name__)
 class PageMap(NamedTuple):
     """What a journal says of one object: valid blocks, the limit for what is below, or all."""
 
-    bitmap: bytes
+    changed: bytes
     limit: int
     is_whole: bool
+    hydrated: bytes = b""
+    """Valid as well, and as they are below; empty if the object is whole."""
+
+    @property
+    def present(self) -> bytes:
+        """The blocks that are in the object, changed or hydrated."""
+        if not self.hydrated:
+            return self.changed
+        size = max(len(self.changed), len(self.hydrated))
+        merged = int.from_bytes(self.changed, "little") | int.from_bytes(self.hydrated, "little")
+        return merged.to_bytes(size, "little")
 
 
 EMPTY_MAP = PageMap(b"", records.NO_LIMIT, False)
@@ -250,7 +261,7 @@ class Diff:
                 self.append(records.encode_boot(self._boot_id), label="boot")
                 for object_id in settled:
                     for payload in records.encode_pages(
-                        object_id, self.page_maps[object_id].bitmap
+                        object_id, self.page_maps[object_id].changed
                     ):
                         self.append(payload, label="recover:pages")
             self.sync()
@@ -279,14 +290,14 @@ class Diff:
         for object_id, found in self.page_maps.items():
             if object_id not in named or found.is_whole:
                 continue
-            if _strip(found.bitmap) != _strip(synced.get(object_id, EMPTY_MAP)[0]):
+            if _strip(found.changed) != _strip(synced.get(object_id, EMPTY_MAP)[0]):
                 self.objects.fsync_object(object_id, label="recover:object")
                 behind.append(object_id)
         return behind
 
     def _compact(self, named: Mapping[int, Named]) -> bool:
         """Rewrite the journal if that halves it; returns whether it did."""
-        if self._end < _COMPACTION_BYTES:
+        if self._end < COMPACTION_BYTES:
             return False
         names = self._names
         n_removed = sum(payload[0] == records.Remove.type_code for payload in names)
@@ -298,8 +309,8 @@ class Diff:
                 continue
             if found.is_whole:
                 payloads.append(records.encode_whole(object_id))
-                continue
-            payloads.extend(records.encode_pages(object_id, found.bitmap))
+            payloads.extend(records.encode_pages(object_id, found.changed))
+            payloads.extend(records.encode_hydrated(object_id, found.hydrated))
             if found.limit != records.NO_LIMIT:
                 payloads.append(records.encode_limit(object_id, found.limit))
         size = records.HEADER_BYTES + records.count_frame_bytes(payloads)

@@ -46,7 +46,7 @@ _RUN = struct.Struct("<II")
 _LIMIT = struct.Struct("<BQI")
 _WHOLE = struct.Struct("<BQ")
 
-_BOOT_TYPE, _PAGES_TYPE, _LIMIT_TYPE, _WHOLE_TYPE = 1, 2, 4, 5
+_BOOT_TYPE, _PAGES_TYPE, _LIMIT_TYPE, _WHOLE_TYPE, _HYDRATED_TYPE = 1, 2, 4, 5, 6
 
 # A PAGES frame of a compaction stays far below the 16 MiB a frame may have.
 _RUNS_PER_FRAME = 65536
@@ -334,10 +334,19 @@ def encode_boot(boot_id: bytes) -> bytes:
 
 def encode_pages(object_id: int, bitmap: bytes) -> Iterator[bytes]:
     """Yield PAGES records for all bits of ``bitmap``; their pages have to be durable already."""
+    return _encode_ranges(_PAGES_TYPE, object_id, bitmap)
+
+
+def encode_hydrated(object_id: int, bitmap: bytes) -> Iterator[bytes]:
+    """Yield HYDRATED records for all bits of ``bitmap``; the same."""
+    return _encode_ranges(_HYDRATED_TYPE, object_id, bitmap)
+
+
+def _encode_ranges(kind: int, object_id: int, bitmap: bytes) -> Iterator[bytes]:
     runs = list(find_runs(bitmap))
     for i in range(0, len(runs), _RUNS_PER_FRAME):
         part = runs[i : i + _RUNS_PER_FRAME]
-        head = _PAGES.pack(_PAGES_TYPE, object_id, len(part))
+        head = _PAGES.pack(kind, object_id, len(part))
         yield head + b"".join(_RUN.pack(first, count) for first, count in part)
 
 

@@ -61,7 +61,10 @@ class ObjectStore:
             number = _parse_hex(entry, width=2)
             if number is None or number > 255:
                 continue
-            fd = os.open(entry, _OPEN_DIRECTORY, dir_fd=self.fd)
+            try:
+                fd = os.open(entry, _OPEN_DIRECTORY, dir_fd=self.fd)
+            except NotADirectoryError:
+                continue
             try:
                 names = os.listdir(fd)
             finally:

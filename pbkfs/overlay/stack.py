@@ -88,7 +88,7 @@ class Stack:
             else:
                 below = file.base_size
             limit = min(found.limit, count_blocks(below), count_blocks(size))
-            result.append((*head, found.bitmap, limit))
+            result.append((*head, found.present, limit))
         origin = file.origin
         if origin is not None:
             try:

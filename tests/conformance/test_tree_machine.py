@@ -22,15 +22,12 @@ from conformance.file_machine import (
     describe_difference,
     take_snapshot,
 )
-from conformance.plain_base import PlainBase
+from conformance.tree_place import TreePlace
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
 from pbkfs.overlay import contents
-from pbkfs.overlay.diff import JOURNAL, Diff, open_layers
-from pbkfs.overlay.superblock import LayerRef
-from pbkfs.overlay.tree import Tree
 
 MAX_LAYERS = 2
 
@@ -39,55 +36,26 @@ class TreeMachine(FileMachine):
     driver: TreeDriver
 
     def start(self) -> None:
-        self.base = PlainBase(self.lower)
-        self.boot = 1
-        self.layers: list[LayerRef] = []
-        self.diff_path = self.place / "diff1"
-        self.log = os.open("/dev/null", os.O_WRONLY)
-        self.tree: Tree | None = None
+        self.trees = TreePlace(self.place, self.lower)
         # Of each file that ever was in the oracle: a descriptor, which keeps its inode number
         # from being used again, and its contents since the last fsync, oldest first.
         self.held: dict[int, int] = {}
         self.versions: dict[int, list[bytes]] = {}
-        self.reopen()
+        self.trees.open()
+        self.reopened()
         self.took_all()
 
     def stop(self) -> None:
-        self.close_tree()
+        self.trees.end()
         for fd in self.held.values():
             os.close(fd)
-        self.base.close()
-        os.close(self.log)
 
-    def reopen(self) -> None:
-        diff = Diff.open(
-            self.diff_path, self.base, layers=self.layers, boot_id=self.boot.to_bytes(16, "big")
-        )
-        self.tree = Tree(
-            self.base,
-            diff,
-            open_layers(diff),
-            owner=(os.geteuid(), os.getegid()),
-            log_fd=self.log,
-        )
-        self.driver = TreeDriver(self.tree)
-
-    def close_tree(self) -> None:
-        if self.tree is not None:
-            tree, self.tree = self.tree, None
-            tree.close()
+    def reopened(self) -> None:
+        self.driver = self.trees.driver
 
     def compare(self) -> None:
-        if self.tree is not None:  # else a restart has failed, which is reported already
+        if self.trees.is_open:  # else a restart has failed, which is reported already
             super().compare()
-
-    def drop(self) -> None:
-        """End the tree as SIGKILL would: descriptors are closed and nothing else happens."""
-        assert self.tree is not None
-        self.tree.nodes.close()
-        for layer in self.tree._stack.layers:
-            layer.close()
-        self.tree = None
 
     # --- what may be lost ---------------------------------------------------------------------
 
@@ -123,8 +91,7 @@ class TreeMachine(FileMachine):
         self.names_synced()
 
     def names_synced(self) -> None:
-        assert self.tree is not None
-        self.synced_end = self.tree._diff.journal.synced
+        self.synced_end = self.trees.tree._diff.journal.synced
         self.hold()
         self.durable = take_snapshot(self.oracle)
         self.durable_inos = {path: self.oracle.stat(path).ino for path in self.durable}
@@ -137,7 +104,8 @@ class TreeMachine(FileMachine):
     @invariant()
     def note_syncs(self) -> None:
         """A write that follows a truncation syncs the journal by itself."""
-        if self.tree is not None and self.tree._diff.journal.synced != self.synced_end:
+        trees = self.trees
+        if trees.is_open and trees.tree._diff.journal.synced != self.synced_end:
             self.names_synced()
 
     # --- rules --------------------------------------------------------------------------------
@@ -152,63 +120,47 @@ class TreeMachine(FileMachine):
 
     @rule()
     def reap(self) -> None:
-        assert self.tree is not None
-        self.tree.reap()
+        self.trees.tree.reap()
 
     @rule()
     def sync(self) -> None:
-        assert self.tree is not None
-        self.tree.sync()
+        self.trees.tree.sync()
         self.names_synced()
 
     @rule()
     def drop_indexes(self) -> None:
-        assert self.tree is not None
-        self.tree.nodes.drop_indexes()
+        self.trees.tree.nodes.drop_indexes()
 
     @rule()
     def remount(self) -> None:
-        assert self.tree is not None
         self.close_handles()
-        self.close_tree()
-        self.reopen()
+        self.trees.reopen()
+        self.reopened()
         self.took_all()
         self.compare()
 
     @rule()
     def crash(self) -> None:
         self.close_handles()
-        self.drop()
-        self.reopen()
+        self.trees.crash()
+        self.reopened()
         self.names_synced()
         self.compare()
 
-    @precondition(lambda self: len(self.layers) < MAX_LAYERS)
+    @precondition(lambda self: len(self.trees.layers) < MAX_LAYERS)
     @rule()
     def seal(self) -> None:
-        assert self.tree is not None
         self.close_handles()
-        self.close_tree()
-        layer = Diff.sealed(self.diff_path)
-        self.layers.insert(0, LayerRef(layer.superblock.uuid, str(self.diff_path)))
-        layer.close()
-        self.diff_path = self.place / f"diff{len(self.layers) + 1}"
-        self.reopen()
+        self.trees.seal()
+        self.reopened()
         self.took_all()
         self.compare()
 
-    @rule(is_in_the_middle=st.booleans())
-    def power_cut(self, is_in_the_middle: bool) -> None:
-        assert self.tree is not None
+    @rule(torn_bytes=st.sampled_from([0, 3, 12]))
+    def power_cut(self, torn_bytes: int) -> None:
         self.close_handles()
-        synced = self.tree._diff.journal.synced
-        self.drop()
-        with (self.diff_path / JOURNAL).open("r+b") as journal:
-            tail = journal.seek(0, os.SEEK_END) - synced
-            # A frame that is only partly there counts as little as one that is not.
-            journal.truncate(synced + (min(tail, 3) if is_in_the_middle else 0))
-        self.boot += 1
-        self.reopen()
+        self.trees.cut_power(torn_bytes=torn_bytes)
+        self.reopened()
         found = take_snapshot(self.driver)
         self.check_names(found)
         self.adopt(found)

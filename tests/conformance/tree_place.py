@@ -1,0 +1,133 @@
+"""A Tree with all that belongs to it, which tests open, drop, seal and cut the power of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from conformance.drivers import TreeDriver
+from conformance.plain_base import PlainBase
+
+from pbkfs.overlay.diff import JOURNAL, Diff, open_layers
+from pbkfs.overlay.journal import HEADER_BYTES
+from pbkfs.overlay.superblock import LayerRef
+from pbkfs.overlay.tree import Tree
+
+OWNER = (os.geteuid(), os.getegid())
+
+
+class TreePlace:
+    """``lower`` is the base's directory, ``diff_path`` the writable diff, made below ``place``."""
+
+    def __init__(self, place: Path, lower: Path) -> None:
+        self.place = place
+        self.lower = lower
+        self.base = PlainBase(lower)
+        self.diff_path = place / "diff1"
+        self.layers: list[LayerRef] = []
+        self.boot = 1
+        self._tree: Tree | None = None
+        self.driver: TreeDriver
+
+    @property
+    def tree(self) -> Tree:
+        """The open tree."""
+        assert self._tree is not None
+        return self._tree
+
+    @property
+    def is_open(self) -> bool:
+        return self._tree is not None
+
+    def open(self) -> Tree:
+        """Open the diff (made if there is none) with its layers."""
+        assert self._tree is None
+        diff = self.open_diff()
+        self._tree = Tree(self.base, diff, open_layers(diff), owner=OWNER, log_fd=-1)
+        self.driver = TreeDriver(self._tree)
+        return self._tree
+
+    def open_diff(self) -> Diff:
+        """Open only the diff; the caller closes it."""
+        return Diff.open(
+            self.diff_path, self.base, layers=self.layers, boot_id=self.boot.to_bytes(16, "big")
+        )
+
+    def close(self) -> None:
+        """End the tree as an unmount does."""
+        if self._tree is not None:
+            tree, self._tree = self._tree, None
+            tree.close()
+
+    def drop(self) -> None:
+        """End the tree as SIGKILL does: descriptors are closed and nothing else happens."""
+        if self._tree is not None:
+            tree, self._tree = self._tree, None
+            tree.nodes.close()
+            for layer in tree._stack.layers:
+                layer.close()
+
+    def reopen(self) -> Tree:
+        """Close and open again."""
+        self.close()
+        return self.open()
+
+    def crash(self) -> Tree:
+        """Drop and open again, in the same boot."""
+        self.drop()
+        return self.open()
+
+    def cut_power(self, *, torn_bytes: int = 0) -> Tree:
+        """Drop, forget what the journal has not synced, and open again in the next boot.
+
+        Of the first lost frame, ``torn_bytes`` are left, if it has as many. Objects keep what they
+        have.
+        """
+        synced = self.tree._diff.journal.synced
+        self.drop()
+        with (self.diff_path / JOURNAL).open("r+b") as journal:
+            tail = journal.seek(0, os.SEEK_END) - synced
+            journal.truncate(synced + min(tail, torn_bytes))
+        self.boot += 1
+        return self.open()
+
+    def seal(self) -> Tree:
+        """Close the diff, make it a sealed layer, and open a new one above it."""
+        self.close()
+        layer = Diff.sealed(self.diff_path)
+        self.layers = [
+            LayerRef(layer.superblock.uuid, str(self.diff_path)),
+            *layer.superblock.layers,
+        ]
+        layer.close()
+        self.diff_path = self.place / f"diff{len(self.layers) + 1}"
+        return self.open()
+
+    def journal_records(self) -> bytes:
+        """Return the journal's bytes behind the header."""
+        return (self.diff_path / JOURNAL).read_bytes()[HEADER_BYTES:]
+
+    def object_paths(self) -> Sequence[Path]:
+        """Return the files of all objects of the writable diff."""
+        return sorted(p for p in (self.diff_path / "objects").rglob("*") if p.is_file())
+
+    def end(self) -> None:
+        """Close all, however far things went."""
+        try:
+            self.close()
+        finally:
+            self.base.close()
+
+
+@contextmanager
+def open_place(path: Path) -> Iterator[TreePlace]:
+    """Yield a place with an empty base in the empty directory ``path``; closes it."""
+    lower = path / "lower"
+    lower.mkdir(mode=0o700)
+    place = TreePlace(path, lower)
+    try:
+        yield place
+    finally:
+        place.end()
