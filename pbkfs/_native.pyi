@@ -42,13 +42,15 @@ def scan_pages(
 
 def scan_journal(
     fd: int, boot_id: Buffer, /
-) -> tuple[int, list[bytes], dict[int, tuple[bytes, int, bool]]]:
+) -> tuple[int, list[bytes], dict[int, tuple[bytes, int, bool, bytes]]]:
     """Read a journal up to the first frame that does not check.
 
     Returns the length of the valid prefix, the payloads of the name records (types >= 16) in order,
-    and for each object (bitmap as little-endian 64-bit words, limit or NO_LIMIT, whole).
+    and for each object (changed blocks, limit or NO_LIMIT, whole, hydrated blocks): bitmaps of
+    little-endian 64-bit words; hydrated blocks are in the object as well, as they are below.
     PAGES_LIVE records count only behind a BOOT record with ``boot_id`` (16 bytes), so 16 zero bytes
-    give what a power cut would leave. Raises OSError(EIO) for what can't be a journal.
+    give what a power cut would leave; a hydrated block that one of them names, of whatever boot,
+    is a changed one. Raises OSError(EIO) for what can't be a journal.
     """
 
 @final
@@ -91,10 +93,13 @@ class Nodes:
         limit: int,
         mapped: bool,
         fresh: bool,
+        hydrated: bytes | None = None,
+        whole: bool = False,
     ) -> None:
         """Make an existing object the top of the node.
 
-        ``bitmap`` are the blocks that the journal records as durable (None: none). ``limit``:
+        ``bitmap`` are the blocks that the journal records as changed (None: none), ``hydrated``
+        those that are in the object unchanged; all of them are if it is ``whole``. ``limit``:
         blocks from it on never come from below; NO_LIMIT is the length of the version below. An
         object that is shorter than that was truncated. ``fresh``: its directory entry is not known
         to be durable, so the first fsync makes it so.
@@ -114,6 +119,19 @@ class Nodes:
         """Return when the file's data, its page records and the whole journal are durable."""
     def copy_to(self, ino: int, fd: int, /) -> None:
         """Write the whole visible content to a regular file, from its start, and set its size."""
+    def hydrate(self, ino: int, offset: int, length: int, /) -> tuple[int, int | None]:
+        """Copy blocks that a mapped object has not got up into it, about ``length`` bytes of them.
+
+        Returns the bytes copied and where to go on; None where nothing is left. Changes that are
+        made meanwhile win. OSError(ENOTSUP) without an object.
+        """
+    def hydrate_sync(self, ino: int, /) -> bool:
+        """Make what was hydrated durable and record it; returns whether the object is whole now."""
+    def count_blocks(self, ino: int, /) -> tuple[int, int, int, bool]:
+        """(blocks that could come from below, those in the object, those of these that were changed,
+        whether the object is whole); (0, 0, 0, whole) unless it is mapped."""
+    def heat(self) -> dict[int, int]:
+        """Reads and changes of each inode since it was registered; without those that had none."""
     def drop_indexes(self) -> int:
         """Drop all loaded page indexes (they load again when needed); the bytes freed."""
     def gate_close(self) -> None:

@@ -229,7 +229,7 @@ class Place:
         }
         self.nodes.attach(ino, object_id, **(arguments | changes))
 
-    def scan(self, boot_id: bytes = NO_BOOT) -> dict[int, tuple[bytes, int, bool]]:
+    def scan(self, boot_id: bytes = NO_BOOT) -> dict[int, tuple[bytes, int, bool, bytes]]:
         return _native.scan_journal(self.journal_fd, boot_id)[2]
 
     def lines(self) -> list[str]:

@@ -161,16 +161,28 @@ static int collect_payload(void *arg, const uint8_t *payload, size_t n)
     return err;
 }
 
+static PyObject *bits_to_python(const struct pbk_bits *bits)
+{
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(bits->n_words * 8));
+    if (bytes == NULL)
+        return NULL;
+    uint8_t *p = (uint8_t *)PyBytes_AS_STRING(bytes);
+    for (size_t i = 0; i < bits->n_words; i++)
+        for (unsigned k = 0; k < 8; k++)
+            p[i * 8 + k] = (uint8_t)(bits->words[i] >> (8 * k));
+    return bytes;
+}
+
 static PyObject *map_to_python(const struct pbk_object_map *map)
 {
-    PyObject *bits = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(map->n_words * 8));
-    if (bits == NULL)
+    PyObject *changed = bits_to_python(&map->changed);
+    PyObject *hydrated = bits_to_python(&map->hydrated);
+    if (changed == NULL || hydrated == NULL) {
+        Py_XDECREF(changed);
+        Py_XDECREF(hydrated);
         return NULL;
-    uint8_t *p = (uint8_t *)PyBytes_AS_STRING(bits);
-    for (size_t i = 0; i < map->n_words; i++)
-        for (unsigned k = 0; k < 8; k++)
-            p[i * 8 + k] = (uint8_t)(map->bits[i] >> (8 * k));
-    return Py_BuildValue("(NIO)", bits, map->limit, map->whole ? Py_True : Py_False);
+    }
+    return Py_BuildValue("(NION)", changed, map->limit, map->whole ? Py_True : Py_False, hydrated);
 }
 
 static PyObject *binding_scan_journal(PyObject *Py_UNUSED(module), PyObject *args)
@@ -194,6 +206,8 @@ static PyObject *binding_scan_journal(PyObject *Py_UNUSED(module), PyObject *arg
     if (err && !PyErr_Occurred())
         pbk_binding_fail(err, err == -EIO ? scan.reason : NULL);
     for (size_t i = 0; !PyErr_Occurred() && i < scan.n_maps; i++) {
+        if (!scan.maps[i].is_known)
+            continue; /* writes of another boot are all that there was of it */
         PyObject *key = PyLong_FromUnsignedLongLong(scan.maps[i].object);
         PyObject *value = map_to_python(&scan.maps[i]);
         if (key != NULL && value != NULL)
@@ -219,7 +233,7 @@ static PyMethodDef functions[] = {
     {"scan_pages", binding_scan_pages, METH_VARARGS,
      "Walk the records of a stored data file: (pages, highest block + 1, truncation marker or None)."},
     {"scan_journal", binding_scan_journal, METH_VARARGS,
-     "Read a journal: (valid length, payloads of name records, object id -> (bitmap, limit, whole))."},
+     "Read a journal: (valid length, payloads of name records, object id -> (changed, limit, whole, hydrated))."},
     {NULL, NULL, 0, NULL},
 };
 

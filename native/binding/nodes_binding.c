@@ -281,29 +281,54 @@ out:
     return result;
 }
 
+struct bitmap {
+    const uint8_t *bytes;
+    size_t n;
+};
+
+/* A bitmap that is None or bytes; borrowed. */
+static int bitmap_of(PyObject *object, void *to)
+{
+    struct bitmap *bitmap = to;
+    if (object == Py_None)
+        return 1;
+    if (!PyBytes_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "bitmap is neither bytes nor None");
+        return 0;
+    }
+    bitmap->bytes = (const uint8_t *)PyBytes_AS_STRING(object);
+    bitmap->n = (size_t)PyBytes_GET_SIZE(object);
+    return 1;
+}
+
 static PyObject *nodes_attach(struct nodes_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ino", "object_id", "bitmap", "limit", "mapped", "fresh", NULL};
+    static char *names[] = {"ino", "object_id", "bitmap", "limit", "mapped", "fresh", "hydrated", "whole", NULL};
     uint64_t ino;
-    PyObject *bitmap;
-    int is_mapped;
-    int is_fresh;
+    int is_mapped = 0;
+    int is_fresh = -1;
+    int is_whole = 0;
     struct pbk_ctx *ctx;
     struct pbk_attach attach = {0};
     int err;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&$OO&pp:attach", names, pbk_binding_u64, &ino, pbk_binding_u64,
-                                     &attach.object, &bitmap, pbk_binding_u32, &attach.limit, &is_mapped, &is_fresh))
+    struct bitmap bitmap = {0};
+    struct bitmap hydrated = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&|$O&O&ppO&p:attach", names, pbk_binding_u64, &ino,
+                                     pbk_binding_u64, &attach.object, bitmap_of, &bitmap, pbk_binding_u32,
+                                     &attach.limit, &is_mapped, &is_fresh, bitmap_of, &hydrated, &is_whole))
         return NULL;
+    if (is_fresh < 0) {
+        /* Of keywords only all or none can be required. */
+        PyErr_SetString(PyExc_TypeError, "attach() needs bitmap, limit, mapped and fresh");
+        return NULL;
+    }
     attach.is_mapped = is_mapped != 0;
     attach.is_fresh = is_fresh != 0;
-    if (bitmap != Py_None) {
-        if (!PyBytes_Check(bitmap)) {
-            PyErr_SetString(PyExc_TypeError, "bitmap is neither bytes nor None");
-            return NULL;
-        }
-        attach.bitmap = (const uint8_t *)PyBytes_AS_STRING(bitmap);
-        attach.bitmap_bytes = (size_t)PyBytes_GET_SIZE(bitmap);
-    }
+    attach.is_whole = is_mapped != 0 && is_whole != 0;
+    attach.bitmap = bitmap.bytes;
+    attach.bitmap_bytes = bitmap.n;
+    attach.hydrated = hydrated.bytes;
+    attach.hydrated_bytes = hydrated.n;
     struct pbk_node *node = begin(self, ino, &ctx);
     if (node == NULL)
         return NULL;
@@ -547,6 +572,112 @@ static PyObject *nodes_copy_to(struct nodes_object *self, PyObject *args)
     return end(self, node, ctx, err);
 }
 
+/* ---- hydration ---- */
+
+static PyObject *nodes_hydrate(struct nodes_object *self, PyObject *args)
+{
+    uint64_t ino;
+    uint64_t off;
+    uint64_t length;
+    uint64_t next = 0;
+    struct pbk_ctx *ctx;
+    ssize_t r;
+    if (!PyArg_ParseTuple(args, "O&O&O&:hydrate", pbk_binding_u64, &ino, pbk_binding_u64, &off, pbk_binding_u64,
+                          &length))
+        return NULL;
+    struct pbk_node *node = begin(self, ino, &ctx);
+    if (node == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    r = pbk_node_hydrate(node, ctx, off, length, &next);
+    Py_END_ALLOW_THREADS
+    give_ctx(self, ctx);
+    put_node(node);
+    if (r < 0)
+        return pbk_binding_fail((int)r, NULL);
+    if (next == UINT64_MAX)
+        return Py_BuildValue("(nO)", (Py_ssize_t)r, Py_None);
+    return Py_BuildValue("(nK)", (Py_ssize_t)r, (unsigned long long)next);
+}
+
+static PyObject *nodes_hydrate_sync(struct nodes_object *self, PyObject *arg)
+{
+    uint64_t ino;
+    int r;
+    if (!pbk_binding_u64(arg, &ino))
+        return NULL;
+    struct pbk_node *node = get_node(self, ino);
+    if (node == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    r = pbk_node_hydrate_sync(node);
+    pbk_node_put(node);
+    Py_END_ALLOW_THREADS
+    return r < 0 ? pbk_binding_fail(r, NULL) : PyBool_FromLong(r);
+}
+
+static PyObject *nodes_count_blocks(struct nodes_object *self, PyObject *arg)
+{
+    uint64_t ino;
+    struct pbk_block_counts counts;
+    if (!pbk_binding_u64(arg, &ino))
+        return NULL;
+    struct pbk_node *node = get_node(self, ino);
+    if (node == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pbk_node_count_blocks(node, &counts);
+    pbk_node_put(node);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("(IIIO)", counts.n_blocks, counts.n_present, counts.n_changed,
+                         counts.is_whole ? Py_True : Py_False);
+}
+
+struct heat {
+    uint64_t (*entries)[2];
+    size_t n;
+    size_t room;
+    bool is_short;
+};
+
+static void collect_heat(void *arg, uint64_t ino, uint64_t n_uses)
+{
+    struct heat *heat = arg;
+    if (heat->n == heat->room) {
+        size_t room = heat->room ? heat->room * 2 : 256;
+        uint64_t (*entries)[2] = PyMem_RawRealloc(heat->entries, room * sizeof(*entries));
+        if (entries == NULL) {
+            heat->is_short = true;
+            return;
+        }
+        heat->entries = entries;
+        heat->room = room;
+    }
+    heat->entries[heat->n][0] = ino;
+    heat->entries[heat->n++][1] = n_uses;
+}
+
+static PyObject *nodes_heat(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    struct heat heat = {0};
+    if (!is_open(self))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pbk_nodes_visit_heat(self->nodes, collect_heat, &heat);
+    Py_END_ALLOW_THREADS
+    PyObject *dict = heat.is_short ? PyErr_NoMemory() : PyDict_New();
+    for (size_t i = 0; dict != NULL && i < heat.n; i++) {
+        PyObject *key = PyLong_FromUnsignedLongLong(heat.entries[i][0]);
+        PyObject *value = PyLong_FromUnsignedLongLong(heat.entries[i][1]);
+        if (key == NULL || value == NULL || PyDict_SetItem(dict, key, value) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(key);
+        Py_XDECREF(value);
+    }
+    PyMem_RawFree(heat.entries);
+    return dict;
+}
+
 /* ---- all of them ---- */
 
 static PyObject *nodes_drop_indexes(struct nodes_object *self, PyObject *Py_UNUSED(unused))
@@ -620,6 +751,12 @@ static PyMethodDef methods[] = {
     {"fallocate", (PyCFunction)nodes_fallocate, METH_VARARGS, "fallocate(2): allocate, punch, zero."},
     {"fsync", (PyCFunction)nodes_fsync, METH_VARARGS, "Make what was written and the journal durable."},
     {"copy_to", (PyCFunction)nodes_copy_to, METH_VARARGS, "Write the whole visible content to a regular file."},
+    {"hydrate", (PyCFunction)nodes_hydrate, METH_VARARGS,
+     "Copy blocks up unchanged: (bytes copied, offset to go on from or None)."},
+    {"hydrate_sync", (PyCFunction)nodes_hydrate_sync, METH_O,
+     "Record what was hydrated; whether nothing comes from below any more."},
+    {"count_blocks", (PyCFunction)nodes_count_blocks, METH_O, "(blocks, in the object, changed, whether it is whole)."},
+    {"heat", (PyCFunction)nodes_heat, METH_NOARGS, "Inode -> reads and changes since it was registered."},
     {"drop_indexes", (PyCFunction)nodes_drop_indexes, METH_NOARGS, "Drop all loaded page indexes; bytes freed."},
     {"gate_close", (PyCFunction)nodes_gate_close, METH_NOARGS, "Hold all changes; returns when none is under way."},
     {"gate_open", (PyCFunction)nodes_gate_open, METH_NOARGS, "Let changes pass again."},

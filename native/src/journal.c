@@ -119,6 +119,13 @@ int pbk_journal_append_limit(struct pbk_journal *journal, uint64_t object, uint3
     return pbk_journal_append(journal, payload, sizeof(payload), end);
 }
 
+int pbk_journal_append_whole(struct pbk_journal *journal, uint64_t object)
+{
+    uint8_t payload[9] = {PBK_RECORD_WHOLE};
+    pbk_put_u64(payload + 1, object);
+    return pbk_journal_append(journal, payload, sizeof(payload), NULL);
+}
+
 int pbk_journal_sync_to(struct pbk_journal *journal, uint64_t upto)
 {
     pthread_mutex_lock(&journal->lock);

@@ -101,7 +101,27 @@ static int find_map(struct pbk_journal_scan *scan, uint64_t object, struct pbk_o
     return 0;
 }
 
-static void set_range(uint64_t *bits, uint32_t first, uint32_t count)
+static int grow_bits(struct pbk_bits *bits, uint64_t n_blocks)
+{
+    size_t n_words = (size_t)(n_blocks + 63) / 64;
+    if (n_words <= bits->n_words)
+        return 0;
+    uint64_t *words = realloc(bits->words, n_words * sizeof(*words));
+    if (words == NULL)
+        return -ENOMEM;
+    memset(words + bits->n_words, 0, (n_words - bits->n_words) * sizeof(*words));
+    bits->words = words;
+    bits->n_words = n_words;
+    return 0;
+}
+
+static void free_bits(struct pbk_bits *bits)
+{
+    free(bits->words);
+    *bits = (struct pbk_bits){0};
+}
+
+static void set_range(uint64_t *words, uint32_t first, uint32_t count)
 {
     uint64_t at = first;
     uint64_t end = at + count;
@@ -111,24 +131,68 @@ static void set_range(uint64_t *bits, uint32_t first, uint32_t count)
             stop = end;
         uint64_t n = stop - at;
         uint64_t mask = n == 64 ? UINT64_MAX : ((UINT64_C(1) << n) - 1) << (at & 63);
-        bits[at / 64] |= mask;
+        words[at / 64] |= mask;
         at = stop;
     }
 }
 
 /* Blocks at or above the limit come from the object anyway, and a later record could not bring them back below it. */
-static void cut_map(struct pbk_object_map *map)
+static void cut_bits(struct pbk_bits *bits, uint32_t limit)
 {
-    size_t words = ((size_t)map->limit + 63) / 64;
-    if (map->limit == PBK_NO_LIMIT || words > map->n_words)
+    size_t n_words = ((size_t)limit + 63) / 64;
+    if (limit == PBK_NO_LIMIT || n_words > bits->n_words)
         return;
-    for (size_t i = words; i < map->n_words; i++)
-        map->bits[i] = 0;
-    if (map->limit % 64 != 0)
-        map->bits[words - 1] &= (UINT64_C(1) << (map->limit % 64)) - 1;
+    for (size_t i = n_words; i < bits->n_words; i++)
+        bits->words[i] = 0;
+    if (limit % 64 != 0)
+        bits->words[n_words - 1] &= (UINT64_C(1) << (limit % 64)) - 1;
 }
 
-static int take_pages(struct pbk_journal_scan *scan, const uint8_t *payload, size_t n, bool counts)
+static void cut_map(struct pbk_object_map *map)
+{
+    cut_bits(&map->changed, map->limit);
+    cut_bits(&map->hydrated, map->limit);
+    cut_bits(&map->touched, map->limit);
+}
+
+/* Adds the bits of from, as far as they are in mask (NULL: all). */
+static int add_bits(struct pbk_bits *bits, const struct pbk_bits *from, const struct pbk_bits *mask)
+{
+    size_t n_words = mask != NULL && mask->n_words < from->n_words ? mask->n_words : from->n_words;
+    int err = grow_bits(bits, (uint64_t)n_words * 64);
+    if (err)
+        return err;
+    for (size_t i = 0; i < n_words; i++)
+        bits->words[i] |= from->words[i] & (mask != NULL ? mask->words[i] : UINT64_MAX);
+    return 0;
+}
+
+/*
+ * A block that a write touched counts as changed if it is in the object, whether or not that write was lost with another boot:
+ * its new bytes may have reached the disk without their PAGES record.
+ */
+static int finish_map(struct pbk_object_map *map)
+{
+    int err = add_bits(&map->changed, &map->touched, map->whole ? NULL : &map->hydrated);
+    if (err)
+        return err;
+    free_bits(&map->touched);
+    if (map->whole)
+        free_bits(&map->hydrated);
+    for (size_t i = 0; i < map->hydrated.n_words && i < map->changed.n_words; i++)
+        map->hydrated.words[i] &= ~map->changed.words[i];
+    return 0;
+}
+
+static int take_ranges(struct pbk_bits *bits, const uint8_t *ranges, uint32_t n_ranges, uint64_t end)
+{
+    int err = grow_bits(bits, end);
+    for (uint32_t i = 0; err == 0 && i < n_ranges; i++)
+        set_range(bits->words, pbk_get_u32(ranges + (size_t)i * 8), pbk_get_u32(ranges + (size_t)i * 8 + 4));
+    return err;
+}
+
+static int take_pages(struct pbk_journal_scan *scan, const uint8_t *payload, size_t n, bool is_this_boot)
 {
     struct pbk_object_map *map;
     if (n < 13)
@@ -146,26 +210,21 @@ static int take_pages(struct pbk_journal_scan *scan, const uint8_t *payload, siz
         if (first + count > end)
             end = first + count;
     }
-    if (!counts)
-        return 0;
     int err = find_map(scan, object, &map);
     if (err)
         return err;
-    size_t words = (size_t)(end + 63) / 64;
-    if (words > map->n_words) {
-        uint64_t *bits = realloc(map->bits, words * sizeof(*bits));
-        if (bits == NULL)
-            return -ENOMEM;
-        memset(bits + map->n_words, 0, (words - map->n_words) * sizeof(*bits));
-        map->bits = bits;
-        map->n_words = words;
-    }
-    for (uint32_t i = 0; i < n_ranges; i++) {
-        const uint8_t *range = payload + 13 + (size_t)i * 8;
-        set_range(map->bits, pbk_get_u32(range), pbk_get_u32(range + 4));
+    const uint8_t *ranges = payload + 13;
+    map->is_known |= payload[0] != PBK_RECORD_PAGES_LIVE || is_this_boot;
+    if (payload[0] == PBK_RECORD_HYDRATED) {
+        err = take_ranges(&map->hydrated, ranges, n_ranges, end);
+    } else {
+        if (payload[0] == PBK_RECORD_PAGES || is_this_boot)
+            err = take_ranges(&map->changed, ranges, n_ranges, end);
+        if (err == 0 && payload[0] == PBK_RECORD_PAGES_LIVE)
+            err = take_ranges(&map->touched, ranges, n_ranges, end);
     }
     cut_map(map);
-    return 0;
+    return err;
 }
 
 static int take_limit(struct pbk_journal_scan *scan, const uint8_t *payload, size_t n)
@@ -176,6 +235,7 @@ static int take_limit(struct pbk_journal_scan *scan, const uint8_t *payload, siz
     int err = find_map(scan, pbk_get_u64(payload + 1), &map);
     if (err)
         return err;
+    map->is_known = true;
     uint32_t limit = pbk_get_u32(payload + 9);
     if (limit < map->limit)
         map->limit = limit;
@@ -190,7 +250,7 @@ static int take_whole(struct pbk_journal_scan *scan, const uint8_t *payload, siz
         return -EIO;
     int err = find_map(scan, pbk_get_u64(payload + 1), &map);
     if (err == 0)
-        map->whole = true;
+        map->whole = map->is_known = true;
     return err;
 }
 
@@ -211,7 +271,8 @@ static int check_header(struct scan_buffer *buffer, struct pbk_journal_scan *sca
     return 0;
 }
 
-int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit, void *arg, struct pbk_journal_scan *scan)
+int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit, void *arg,
+                     struct pbk_journal_scan *scan)
 {
     struct scan_buffer buffer = {.fd = fd};
     bool is_this_boot = false;
@@ -242,9 +303,8 @@ int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit,
                 is_this_boot = memcmp(payload + 1, boot_id, 16) == 0;
             break;
         case PBK_RECORD_PAGES:
-            err = take_pages(scan, payload, length, true);
-            break;
         case PBK_RECORD_PAGES_LIVE:
+        case PBK_RECORD_HYDRATED:
             err = take_pages(scan, payload, length, is_this_boot);
             break;
         case PBK_RECORD_LIMIT:
@@ -265,13 +325,18 @@ int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit,
         pos += FRAME_HEAD + length;
     }
     free(buffer.bytes);
+    for (size_t i = 0; err == 0 && i < scan->n_maps; i++)
+        err = finish_map(&scan->maps[i]);
     return err;
 }
 
 void pbk_journal_scan_free(struct pbk_journal_scan *scan)
 {
-    for (size_t i = 0; i < scan->n_maps; i++)
-        free(scan->maps[i].bits);
+    for (size_t i = 0; i < scan->n_maps; i++) {
+        free_bits(&scan->maps[i].changed);
+        free_bits(&scan->maps[i].hydrated);
+        free_bits(&scan->maps[i].touched);
+    }
     free(scan->maps);
     free(scan->slots);
     memset(scan, 0, sizeof(*scan));

@@ -91,6 +91,7 @@ enum place_kind {
     PLACE_DIRECT, /* at the same offset of a plain file */
     PLACE_STORED, /* a record */
     PLACE_DAMAGED,
+    PLACE_SKIPPED, /* not wanted */
 };
 
 #define PLACE_OBJECT (-1)
@@ -141,8 +142,8 @@ static inline void set_bit(atomic_uint_fast64_t *words, uint64_t block)
 /* Whether a block is the object's; block < limit has its bit inside of the bitmap. */
 static inline bool object_has(const struct pbk_object *object, uint64_t block)
 {
-    return !object->is_mapped || block >= object->limit || atomic_load_explicit(&object->is_whole, memory_order_acquire) ||
-           bit_is_set(object->present, block);
+    return !object->is_mapped || block >= object->limit ||
+           atomic_load_explicit(&object->is_whole, memory_order_acquire) || bit_is_set(object->present, block);
 }
 
 /* Whether a block is the object's and is known to differ from what is below. */
@@ -166,7 +167,7 @@ int node_truncate_locked(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t si
 
 /* Passes the gate, locks the node and gets its object's descriptor. PBK_NO_OBJECT or -errno: nothing is held. */
 int node_enter(struct pbk_node *node, bool is_exclusive, int *fd);
-void node_leave(struct pbk_node *node, int fd);
+void node_leave(struct pbk_node *node);
 
 /* The stripes of blocks first … last, at most a chunk. */
 uint64_t node_stripe_mask(const struct pbk_node *node, uint64_t first, uint64_t last);

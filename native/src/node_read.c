@@ -316,17 +316,25 @@ static int load_stored(struct pbk_node *node, struct pbk_ctx *ctx, const struct 
     return 0;
 }
 
-static int load(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq, bool with_object)
+/* What load does about blocks that the object has. */
+enum with_object {
+    OBJECT_READ,   /* takes them from there */
+    OBJECT_IGNORE, /* takes their version below */
+    OBJECT_SKIP,   /* leaves them out: page stays NULL */
+};
+
+static int load(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq, enum with_object with)
 {
     struct pbk_index *index = NULL;
-    struct pbk_object *object = with_object ? node->object : NULL;
+    struct pbk_object *object = with == OBJECT_IGNORE ? NULL : node->object;
     int err = 0;
 
     ctx->records_used = 0;
     ctx->gap_budget = GAP_BUDGET;
     for (size_t i = 0; err == 0 && i < rq->n; i++) {
         if (object != NULL && object_has(object, rq->first + i))
-            ctx->places[i] = (struct place){.kind = PLACE_DIRECT, .source = PLACE_OBJECT};
+            ctx->places[i] =
+                (struct place){.kind = with == OBJECT_SKIP ? PLACE_SKIPPED : PLACE_DIRECT, .source = PLACE_OBJECT};
         else
             err = find_below(node, ctx, &index, rq->first + i, &ctx->places[i]);
     }
@@ -355,6 +363,8 @@ static int load(struct pbk_node *node, struct pbk_ctx *ctx, const struct request
         case PLACE_STORED:
             err = load_stored(node, ctx, rq, i);
             break;
+        case PLACE_SKIPPED:
+            break;
         }
     }
     return err;
@@ -366,7 +376,7 @@ int node_read_below(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t block, 
     memset(page, 0, PBK_BLCKSZ);
     if (rq.off >= node->below_size)
         return 0;
-    int err = load(node, ctx, &rq, false);
+    int err = load(node, ctx, &rq, OBJECT_IGNORE);
     if (err) {
         count(&node->nodes->counters.read_errors, 1);
         return err;
@@ -440,6 +450,18 @@ static void blank_behind(struct pbk_node *node, struct pbk_ctx *ctx, const struc
     ctx->places[i].page = slot;
 }
 
+int node_load_missing(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t first, size_t n)
+{
+    struct request rq = {.first = first, .n = n, .off = first * PBK_BLCKSZ, .end = (first + n) * PBK_BLCKSZ};
+    int err = load(node, ctx, &rq, OBJECT_SKIP);
+    if (err) {
+        count(&node->nodes->counters.read_errors, 1);
+        return err;
+    }
+    blank_behind(node, ctx, &rq);
+    return 0;
+}
+
 ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, size_t len, struct iovec *iov,
                       int max_iov, int *n_iov)
 {
@@ -452,6 +474,7 @@ ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, 
     if (len > ctx->max_io)
         len = ctx->max_io;
     count(&nodes->counters.reads, 1);
+    count(&node->n_reads, 1);
     pthread_rwlock_rdlock(&node->lock);
     uint64_t size = atomic_load_explicit(&node->size, memory_order_acquire);
     if (off >= size || len == 0) {
@@ -462,7 +485,7 @@ ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, 
         len = (size_t)(size - off);
     struct request rq = {.first = off / PBK_BLCKSZ, .off = off, .end = off + len};
     rq.n = (size_t)((rq.end - 1) / PBK_BLCKSZ - rq.first + 1);
-    err = load(node, ctx, &rq, true);
+    err = load(node, ctx, &rq, OBJECT_READ);
     pthread_rwlock_unlock(&node->lock);
     if (err) {
         count(&nodes->counters.read_errors, 1);

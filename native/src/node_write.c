@@ -238,9 +238,8 @@ int node_enter(struct pbk_node *node, bool is_exclusive, int *fd)
     return err;
 }
 
-void node_leave(struct pbk_node *node, int fd)
+void node_leave(struct pbk_node *node)
 {
-    (void)fd;
     /* Set after the change and before the descriptor is given back: see node_sync_object and enforce_bound. */
     atomic_store(&node->object->file.is_dirty, true);
     pbk_file_release(&node->nodes->files, &node->object->file);
@@ -253,7 +252,7 @@ static int end_change(struct pbk_node *node, int fd, int err)
     if (err)
         refresh_size(node, fd);
     count(&node->n_changes, 1);
-    node_leave(node, fd);
+    node_leave(node);
     count(err ? &node->nodes->counters.write_errors : &node->nodes->counters.writes, 1);
     return err;
 }

@@ -302,7 +302,7 @@ static int init_bitmaps(struct pbk_object *object, const struct pbk_attach *atta
         uint64_t changed = word_of(attach->bitmap, attach->bitmap_bytes, i, limit);
         uint64_t present = changed | word_of(attach->hydrated, attach->hydrated_bytes, i, limit);
         if (attach->is_whole)
-            present = word_of(all_ones, sizeof(all_ones), 0, i == limit / 64 ? limit % 64 : 64);
+            present = i == limit / 64 ? (UINT64_C(1) << (limit % 64)) - 1 : UINT64_MAX;
         atomic_init(&object->changed[i], changed);
         object->recorded[i] = changed;
         atomic_init(&object->present[i], present);
@@ -405,6 +405,19 @@ void pbk_node_released(struct pbk_node *node)
 }
 
 /* ---- what they share ---- */
+
+void pbk_nodes_visit_heat(struct pbk_nodes *nodes, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg)
+{
+    pthread_rwlock_rdlock(&nodes->table_lock);
+    for (size_t i = 0; i < nodes->n_buckets; i++) {
+        for (const struct pbk_node *node = nodes->buckets[i]; node != NULL; node = node->next) {
+            uint64_t n_uses = atomic_load(&node->n_reads) + atomic_load(&node->n_changes);
+            if (n_uses > 0)
+                visit(arg, node->ino, n_uses);
+        }
+    }
+    pthread_rwlock_unlock(&nodes->table_lock);
+}
 
 size_t pbk_nodes_drop_indexes(struct pbk_nodes *nodes)
 {

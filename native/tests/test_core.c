@@ -544,7 +544,7 @@ static void test_threads(void)
             continue;
         is_found = true;
         for (uint32_t b = 0; b < N_BLOCKS; b++)
-            CHECK(scan.maps[i].bits[b / 64] >> (b % 64) & 1);
+            CHECK(scan.maps[i].changed.words[b / 64] >> (b % 64) & 1);
     }
     CHECK(is_found);
     pbk_journal_scan_free(&scan);

@@ -49,7 +49,7 @@ def scan_of(
     return (
         end,
         names,
-        {k: (blocks_in(bits), limit, whole) for k, (bits, limit, whole) in maps.items()},
+        {k: (blocks_in(bits), limit, whole) for k, (bits, limit, whole, _) in maps.items()},
     )
 
 

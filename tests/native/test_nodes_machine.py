@@ -99,6 +99,8 @@ class NodesMachine(RuleBasedStateMachine):
         self.durable: set[int] = set()  # blocks below the limit that a power cut must not touch
         self.present: set[int] = set()  # blocks below the limit that are in the object
         self.cut: set[int] = set()  # of these, cut off inside since the file last grew
+        self.hydrated: set[int] = set()  # blocks below the limit that were recorded as hydrated
+        self.unsure: set[int] = set()  # of these, changed without a record of it
         self.n_synced = 0  # of the journal
         self.boot_id = BOOT_ID
         place.nodes.add(INO, len(self.below), self.sources)
@@ -188,6 +190,43 @@ class NodesMachine(RuleBasedStateMachine):
     def drop_indexes(self) -> None:
         self.place.nodes.drop_indexes()
 
+    @rule(offset=offsets, length=lengths.filter(bool))
+    def hydrate(self, offset: int, length: int) -> None:
+        self.copy_up()
+        n_bytes, following = self.place.nodes.hydrate(INO, offset, length)
+        assert n_bytes % BLCKSZ == 0
+        if not self.is_mapped:
+            assert (n_bytes, following) == (0, None)
+        elif following is None:
+            assert n_bytes <= self.limit * BLCKSZ
+        else:
+            assert offset // BLCKSZ * BLCKSZ + n_bytes <= following < self.limit * BLCKSZ
+            assert n_bytes >= length
+
+    @rule()
+    def hydrate_all(self) -> None:
+        self.copy_up()
+        offset: int | None = 0
+        while offset is not None:
+            _, offset = self.place.nodes.hydrate(INO, offset, 1 << 20)
+        if self.is_mapped:
+            n_blocks, n_present, _, _ = self.place.nodes.count_blocks(INO)
+            assert n_blocks == n_present == self.limit
+
+    @rule()
+    def hydrate_sync(self) -> None:
+        self.copy_up()
+        n_blocks, n_present, _, was_whole = self.place.nodes.count_blocks(INO)
+        is_whole = self.place.nodes.hydrate_sync(INO)
+        assert is_whole == (was_whole or n_blocks == n_present)
+        if self.is_mapped and (is_whole or n_present):
+            self.hydrated |= set(range(self.limit)) if is_whole else set()
+
+    def differs(self, block: int) -> bool:
+        end = min((block + 1) * BLCKSZ, len(self.content))
+        at = slice(block * BLCKSZ, end)
+        return bytes(self.content[at]) != self.below[at].ljust(end - at.start, b"\0")
+
     # --- ends of a mount ------------------------------------------------------------------------
 
     def _reopen(self, end: int, boot_id: bytes) -> set[int]:
@@ -203,8 +242,13 @@ class NodesMachine(RuleBasedStateMachine):
         place.journal.append(b"\x01" + self.boot_id)
         place.nodes = place._new_nodes()
         place.nodes.add(INO, len(self.below), self.sources)
-        bitmap, limit, _ = maps.get(OBJECT, (b"", NO_LIMIT, False))
+        bitmap, limit, is_whole, hydrated = maps.get(OBJECT, (b"", NO_LIMIT, False, b""))
         blocks = blocks_in(bitmap)
+        assert not blocks & blocks_in(hydrated)
+        # Whatever a crash left: a block that is not as it is below is known as changed.
+        self.hydrated = (
+            set(range(self.limit)) - blocks if is_whole else blocks_in(hydrated)
+        ) & set(range(self.limit))
         if not self.has_object:
             return blocks
         size = place.object_path(OBJECT).stat().st_size
@@ -215,7 +259,14 @@ class NodesMachine(RuleBasedStateMachine):
             if blocks_of(size) < limit:
                 limit = blocks_of(size)
         place.nodes.attach(
-            INO, OBJECT, bitmap=bitmap, limit=limit, mapped=self.is_mapped, fresh=False
+            INO,
+            OBJECT,
+            bitmap=bitmap,
+            limit=limit,
+            mapped=self.is_mapped,
+            fresh=False,
+            hydrated=hydrated,
+            whole=is_whole,
         )
         return blocks
 
@@ -241,9 +292,12 @@ class NodesMachine(RuleBasedStateMachine):
                 continue
             assert b < self.limit, f"block {b} is at or above the limit {self.limit}"
             assert b not in self.durable, f"block {b} was durable"
+            self.unsure.discard(b)
             assert found[at] == self.below[at].ljust(BLCKSZ, b"\0")[: len(found[at])]
         self.content = bytearray(found)
         self.present = {b for b in blocks if b < self.limit}
+        # A write that was never synced may have reached a hydrated block on the disk all the same.
+        self.unsure = {b for b in self.hydrated if self.differs(b)}
         self.durable = set(self.present)
         self.cut.clear()
         # What was cut inside before is the object's own again, by the attach that found it short.
@@ -262,6 +316,17 @@ class NodesMachine(RuleBasedStateMachine):
     @rule()
     def read_everything(self) -> None:
         assert self.place.nodes.read(INO, 0, 1 << 30) == self.content
+
+    @rule()
+    def scan(self) -> None:
+        """What a scan of this boot calls changed covers all blocks that differ from below."""
+        if not self.has_object or not self.is_mapped:
+            return
+        found = self.place.scan(self.boot_id).get(OBJECT)
+        changed = blocks_in(found[0]) if found is not None else set()
+        differing = {b for b in range(self.limit) if self.differs(b)} - self.unsure
+        assert differing <= changed
+        assert self.place.nodes.count_blocks(INO)[2] == len(changed)
 
     @invariant()
     def size_is_right(self) -> None:

@@ -23,6 +23,7 @@ enum pbk_record_type {
     PBK_RECORD_PAGES_LIVE = 3,
     PBK_RECORD_LIMIT = 4,
     PBK_RECORD_WHOLE = 5,
+    PBK_RECORD_HYDRATED = 6,
     PBK_RECORD_FIRST_NAME = 16,
 };
 
@@ -40,10 +41,11 @@ void pbk_journal_free(struct pbk_journal *);
 /* Appends one frame: 0 or -errno, and then nothing of it is left in the file. *end, if not NULL, is the position behind it. */
 int pbk_journal_append(struct pbk_journal *, const void *payload, size_t n, uint64_t *end);
 
-/* A record of type PAGES or PAGES_LIVE, in as many frames as n needs; one if n is 0. */
-int pbk_journal_append_pages(struct pbk_journal *, enum pbk_record_type type, uint64_t object, const struct pbk_range *ranges,
-                             size_t n);
+/* A record of type PAGES, PAGES_LIVE or HYDRATED, in as many frames as n needs; one if n is 0. */
+int pbk_journal_append_pages(struct pbk_journal *, enum pbk_record_type type, uint64_t object,
+                             const struct pbk_range *ranges, size_t n);
 int pbk_journal_append_limit(struct pbk_journal *, uint64_t object, uint32_t limit, uint64_t *end);
+int pbk_journal_append_whole(struct pbk_journal *, uint64_t object);
 
 /* Returns when everything before position upto is durable. Callers that meet share one fdatasync. A failed one makes the
  * journal refuse all that follows: the kernel would report success the next time without having written. */
@@ -53,13 +55,21 @@ int pbk_journal_sync(struct pbk_journal *);
 uint64_t pbk_journal_end(struct pbk_journal *);
 uint64_t pbk_journal_synced(struct pbk_journal *);
 
-/* What a scan knows of one object. */
+/* One bit a block: block b is bit b % 64 of word b / 64. */
+struct pbk_bits {
+    uint64_t *words;
+    size_t n_words;
+};
+
+/* What a scan knows of one object; no bits at or above limit. */
 struct pbk_object_map {
     uint64_t object;
-    uint64_t *bits; /* n_words words, block b is bit b % 64 of word b / 64; none at or above limit */
-    size_t n_words;
-    uint32_t limit; /* PBK_NO_LIMIT if no record says */
-    bool whole;
+    struct pbk_bits changed;  /* written: they may differ from what is below */
+    struct pbk_bits hydrated; /* in the object too, and as they are below; empty if whole */
+    struct pbk_bits touched;  /* private: what PAGES_LIVE records of any boot name */
+    uint32_t limit;           /* PBK_NO_LIMIT if no record says */
+    bool whole;               /* every block is in the object */
+    bool is_known;            /* a record counted that says something of it */
 };
 
 struct pbk_journal_scan {
@@ -77,10 +87,12 @@ typedef int (*pbk_journal_visit)(void *arg, const uint8_t *payload, size_t n);
 
 /*
  * Reads the journal from its header to the first frame that does not check. PAGES_LIVE counts only behind a BOOT that names
- * boot_id, so an id of zeros gives what would be left after a power cut. 0, or -errno: -EIO for a header or for a frame that
+ * boot_id, so an id of zeros gives what would be left after a power cut; of a block that is in the object anyway, it counts in
+ * any case as a sign that the block was changed. 0, or -errno: -EIO for a header or for a frame that
  * checks but can't be meant. Call pbk_journal_scan_free in any case.
  */
-int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit, void *arg, struct pbk_journal_scan *scan);
+int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit, void *arg,
+                     struct pbk_journal_scan *scan);
 void pbk_journal_scan_free(struct pbk_journal_scan *);
 
 #endif

@@ -14,28 +14,29 @@
 
 /* Counters. G is a gauge: the value of now, which a reset leaves alone. */
 #define PBK_NODES_COUNTERS(C, G)                                                                                       \
-    G(nodes)          /* registered */                                                                                 \
-    G(open_files)     /* descriptors of sources and objects */                                                         \
-    G(index_bytes)    /* loaded page indexes */                                                                        \
-    C(index_loads)    /* page indexes built */                                                                         \
-    C(reads)          /* calls of pbk_node_read */                                                                     \
-    C(bytes_read)     /* bytes they answered */                                                                        \
-    C(base_reads)     /* read system calls on sources */                                                               \
-    C(object_reads)   /* read system calls on objects of the diff */                                                   \
-    C(pages_raw)      /* stored pages answered as they are */                                                          \
-    C(pages_inflated) /* stored pages decompressed */                                                                  \
-    C(pages_hole)     /* blocks that nothing stores */                                                                 \
-    C(read_errors)    /* reads that failed */                                                                          \
-    C(writes)         /* calls that wrote, allocated, punched or truncated */                                          \
-    C(bytes_written)  /* bytes of writes */                                                                            \
-    C(write_errors)   /* changes that failed */                                                                        \
-    C(blocks_new)     /* blocks that came into an object */                                                            \
-    C(blocks_copied)  /* of these, blocks that were merged with their version below */                                 \
-    C(bytes_copied)   /* bytes read from below for that, and by copies of whole files */                               \
-    C(fsyncs)         /* calls of pbk_node_fsync */                                                                    \
-    C(page_records)   /* ranges of blocks recorded as durable */                                                       \
-    C(log_lines)      /* failure lines written */                                                                      \
-    C(log_suppressed) /* failure lines left out */
+    G(nodes)           /* registered */                                                                                \
+    G(open_files)      /* descriptors of sources and objects */                                                        \
+    G(index_bytes)     /* loaded page indexes */                                                                       \
+    C(index_loads)     /* page indexes built */                                                                        \
+    C(reads)           /* calls of pbk_node_read */                                                                    \
+    C(bytes_read)      /* bytes they answered */                                                                       \
+    C(base_reads)      /* read system calls on sources */                                                              \
+    C(object_reads)    /* read system calls on objects of the diff */                                                  \
+    C(pages_raw)       /* stored pages answered as they are */                                                         \
+    C(pages_inflated)  /* stored pages decompressed */                                                                 \
+    C(pages_hole)      /* blocks that nothing stores */                                                                \
+    C(read_errors)     /* reads that failed */                                                                         \
+    C(writes)          /* calls that wrote, allocated, punched or truncated */                                         \
+    C(bytes_written)   /* bytes of writes */                                                                           \
+    C(write_errors)    /* changes that failed */                                                                       \
+    C(blocks_new)      /* blocks that came into an object */                                                           \
+    C(blocks_copied)   /* of these, blocks that were merged with their version below */                                \
+    C(bytes_copied)    /* bytes read from below for that, and by copies of whole files */                              \
+    C(blocks_hydrated) /* blocks brought up unchanged */                                                               \
+    C(fsyncs)          /* calls of pbk_node_fsync */                                                                   \
+    C(page_records)    /* ranges of blocks recorded as durable */                                                      \
+    C(log_lines)       /* failure lines written */                                                                     \
+    C(log_suppressed)  /* failure lines left out */
 
 struct pbk_counter {
     const char *name;
@@ -56,14 +57,41 @@ int pbk_nodes_remove(struct pbk_nodes *, uint64_t ino); /* -ENOENT */
  * is shorter than the version below was truncated. All blocks in the bitmap are recorded as durable. */
 struct pbk_attach {
     uint64_t object;
-    const uint8_t *bitmap; /* little-endian 64-bit words, or NULL */
+    const uint8_t *bitmap; /* blocks that were changed; little-endian 64-bit words, or NULL */
     size_t bitmap_bytes;
+    const uint8_t *hydrated; /* blocks that are in the object too, as they are below; the same */
+    size_t hydrated_bytes;
     uint32_t limit; /* PBK_NO_LIMIT: no record says; it starts as the number of blocks of the version below */
-    bool is_mapped; /* false: whole */
+    bool is_mapped; /* false: nothing below counts, and nobody asks which blocks were changed */
+    bool is_whole;  /* a mapped one that has all blocks */
     bool is_fresh;  /* its directory entry is not known to be durable */
 };
 int pbk_node_attach(struct pbk_node *, struct pbk_ctx *, const struct pbk_attach *);
 bool pbk_node_has_object(struct pbk_node *);
+
+/*
+ * Hydration: blocks of a mapped object that it has not got yet are copied up as they are below, from off on until about len
+ * bytes were copied. *next is where to go on, UINT64_MAX behind the last block. Returns the bytes copied. Writes, truncates
+ * and holes made meanwhile win. -errno: what was copied before stays.
+ */
+ssize_t pbk_node_hydrate(struct pbk_node *, struct pbk_ctx *, uint64_t off, uint64_t len, uint64_t *next);
+
+/* Makes what was hydrated durable and records it; an object that has all blocks then becomes whole: it is read and written
+ * without a map, which only goes on to tell which blocks were changed. 1 if it is whole, 0 if not, or -errno. */
+int pbk_node_hydrate_sync(struct pbk_node *);
+
+/* Blocks that could come from below: all of them, those in the object, those of these that were changed. All 0 without a
+ * mapped object. */
+struct pbk_block_counts {
+    uint32_t n_blocks;
+    uint32_t n_present;
+    uint32_t n_changed;
+    bool is_whole; /* nothing is read from below any more, mapped or not; false without an object */
+};
+void pbk_node_count_blocks(struct pbk_node *, struct pbk_block_counts *);
+
+/* How much the registered files are in use: reads and changes since each was registered. Calls visit for those with any. */
+void pbk_nodes_visit_heat(struct pbk_nodes *, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg);
 
 /* Writes the whole visible content to fd, a regular file, from its start, and sets its size. */
 int pbk_node_copy_to(struct pbk_node *, struct pbk_ctx *, int fd);
