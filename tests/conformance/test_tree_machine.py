@@ -23,6 +23,7 @@ from conformance.file_machine import (
     take_snapshot,
 )
 from conformance.tree_place import TreePlace
+from fix_memory import memory_root
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
@@ -34,6 +35,7 @@ MAX_LAYERS = 2
 
 class TreeMachine(FileMachine):
     driver: TreeDriver
+    root = memory_root()
 
     def start(self) -> None:
         self.trees = TreePlace(self.place, self.lower)
@@ -230,8 +232,8 @@ class TreeMachine(FileMachine):
 
 class TestTree(TreeMachine.TestCase):  # type: ignore[misc]
     settings = settings(
-        max_examples=60,
-        stateful_step_count=50,
+        max_examples=100,
+        stateful_step_count=60,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -27,8 +27,8 @@ RELATION = b"base/5/16384"
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[TreePlace]:
-    with open_place(tmp_path) as made:
+def place(memory: Path) -> Iterator[TreePlace]:
+    with open_place(memory) as made:
         (made.lower / "base/5").mkdir(parents=True)
         (made.lower / os.fsdecode(RELATION)).write_bytes(pattern(1, 4 * PAGE))
         (made.lower / "conf").write_bytes(b"as it was\n")
@@ -116,9 +116,9 @@ def steps_of(action: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return labels
 
 
-def test_making_can_be_cut_short_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_making_can_be_cut_short_anywhere(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = EmptyBase(OWNER)
-    labels = steps_of(lambda: Diff.open(tmp_path / "whole", base).close(), monkeypatch)
+    labels = steps_of(lambda: Diff.open(memory / "whole", base).close(), monkeypatch)
     assert len(labels) > 6
     for count in range(len(labels)):
         left = count
@@ -129,7 +129,7 @@ def test_making_can_be_cut_short_anywhere(tmp_path: Path, monkeypatch: pytest.Mo
                 raise Killed(label)
             left -= 1
 
-        path = tmp_path / f"cut{count}"
+        path = memory / f"cut{count}"
         monkeypatch.setattr(durable, "on_step", kill)
         with pytest.raises(Killed):
             Diff.open(path, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -141,7 +142,7 @@ def test_native_scan_reads_what_a_compaction_writes(
     assert end == len(content) == records.HEADER_BYTES + records.count_frame_bytes(payloads)
     assert found == [record.encode() for record in names]
     if bits or limit is not None or is_whole:
-        found_bits, found_limit, found_whole = maps[77]
+        found_bits, found_limit, found_whole, _ = maps[77]
         # From the limit on, a block is the object's own with or without a bit.
         counted = {bit for bit in bits if limit is None or bit < limit}
         assert {f + i for f, n in records.find_runs(found_bits) for i in range(n)} == counted
@@ -205,27 +206,27 @@ _FEW = st.lists(st.sampled_from([b"a", b"b", b"c", b"pg_wal"]), min_size=1, max_
 )
 
 
-@settings(max_examples=400)
-@given(
-    st.lists(
-        st.one_of(
-            st.builds(records.Create, st.just(0), _FEW),
-            st.builds(records.Create, st.just(0), _FEW),
-            st.builds(records.Remove, _FEW),
-            st.builds(records.Remove, _FEW),
-            st.builds(records.Mkdir, st.just(0o700), st.just(0), st.just(0), st.just(0), _FEW),
-            st.builds(records.Rename, st.sampled_from([0, 2]), _FEW, _FEW),
-            st.builds(records.Link, _FEW, _FEW),
-            st.builds(records.WalOut),
-        ),
-        max_size=60,
-    )
+_SOME_RECORDS = st.lists(
+    st.one_of(
+        st.builds(records.Create, st.just(0), _FEW),
+        st.builds(records.Create, st.just(0), _FEW),
+        st.builds(records.Remove, _FEW),
+        st.builds(records.Remove, _FEW),
+        st.builds(records.Mkdir, st.just(0o700), st.just(0), st.just(0), st.just(0), _FEW),
+        st.builds(records.Rename, st.sampled_from([0, 2]), _FEW, _FEW),
+        st.builds(records.Link, _FEW, _FEW),
+        st.builds(records.WalOut),
+    ),
+    max_size=60,
 )
-def test_dropped_pairs_change_nothing(
-    tmp_path_factory: pytest.TempPathFactory, tried: list[records.Record]
-) -> None:
-    diff = Diff.open(tmp_path_factory.mktemp("pairs") / "diff", EmptyBase((0, 0)))
-    try:
+
+
+def test_dropped_pairs_change_nothing(memory: Path) -> None:
+    diff = Diff.open(memory / "diff", EmptyBase((0, 0)))
+
+    @settings(max_examples=400)
+    @given(_SOME_RECORDS)
+    def check(tried: list[records.Record]) -> None:
         full = _Names(diff)
         kept: list[bytes] = []
         for number, record in enumerate(tried):
@@ -237,8 +238,9 @@ def test_dropped_pairs_change_nothing(
         for payload in records.drop_pairs(kept):
             assert short.apply(records.decode(payload)), records.decode(payload)
         assert short.shape() == full.shape()
-    finally:
-        diff.close()
+
+    check()
+    diff.close()
 
 
 def test_pairs_are_dropped() -> None:
