@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("pbkfs.cli.list", "List the mounts of this host."),
     "stat": ("pbkfs.cli.stat", "Show what a mount holds, costs and does."),
     "cleanup": ("pbkfs.cli.cleanup", "Delete a diff, and with it all changes made on its mount."),
+    "check": ("pbkfs.cli.check", "Check a diff that is not mounted; changes nothing."),
     "backups": ("pbkfs.cli.backups", "List a store's backups and whether they can be mounted."),
     "start": ("pbkfs.cli.start", "Start PostgreSQL on a mount, with safe settings."),
     "stop": ("pbkfs.cli.stop", "Stop the PostgreSQL of a mount."),

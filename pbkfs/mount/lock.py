@@ -11,6 +11,8 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pbkfs.errors import BusyError, DiffError, HostError
@@ -120,6 +122,27 @@ def is_held(diff: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+@contextmanager
+def hold_off(diff: Path) -> Iterator[None]:
+    """Keep every worker away from ``diff`` for a while, without writing to it.
+
+    Raises BusyError if one has it, PermissionError.
+    """
+    try:
+        fd = os.open(diff / NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        yield  # nobody ever mounted it
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(diff, parse_owner(os.pread(fd, 4096, 0))) from None
+        yield
+    finally:
+        os.close(fd)
 
 
 def _open(path: Path) -> int:

@@ -195,7 +195,15 @@ class Diff:
                 f"journal of diff {self.path} can't be read: {error}",
                 hint="Restore the journal from a copy, or begin with a new diff.",
             ) from error
-        self._end, self._names, maps = _native.scan_journal(self._journal_fd, self._boot_id)
+        try:
+            self._end, self._names, maps = _native.scan_journal(self._journal_fd, self._boot_id)
+        except OSError as error:
+            if error.errno != errno.EIO or error.strerror == os.strerror(errno.EIO):
+                raise
+            raise DiffError(
+                f"journal of diff {self.path} is damaged: {error.strerror}",
+                hint="Restore the journal from a copy, or begin with a new diff.",
+            ) from error
         self.page_maps = {object_id: PageMap(*found) for object_id, found in maps.items()}
 
     @property
@@ -231,6 +239,7 @@ class Diff:
         checks come first, so a damaged diff is left as it is.
         """
         with _host_errors(self.path):
+            self._check_tail()
             leftovers: list[str] = []
             present = self.objects.scan(leftovers=leftovers)
             lost = sorted(named.keys() - present)
@@ -266,6 +275,25 @@ class Diff:
                         self.append(payload, label="recover:pages")
             self.sync()
             self._forget_records(named)
+
+    @property
+    def end(self) -> int:
+        """How many bytes of the journal check, counted from its start."""
+        return self._end
+
+    def read_tail(self) -> bytes:
+        """Return what follows the last frame of the journal that checks. Raises OSError."""
+        size = os.fstat(self._journal_fd).st_size
+        return os.pread(self._journal_fd, size - self._end, self._end)
+
+    def _check_tail(self) -> None:
+        """Raise DiffError if the tail that is to be cut off was durable once."""
+        if records.has_later_mount(self.read_tail()):
+            raise DiffError(
+                f"journal of diff {self.path} is damaged at byte {self._end}: "
+                "records of a later mount follow",
+                hint="Restore the diff from a copy; pbkfs check tells more.",
+            )
 
     def _cut_tail(self) -> None:
         size = os.fstat(self._journal_fd).st_size

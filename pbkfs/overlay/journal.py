@@ -23,6 +23,7 @@ VERSION = 1
 HEADER_BYTES = 64
 BLOCK_BYTES = 8192
 NO_LIMIT = 0xFFFFFFFF
+PAYLOAD_MAX = 16 << 20
 
 # Name records have types from here on; below are BOOT and the page records.
 FIRST_NAME_TYPE = 16
@@ -47,6 +48,9 @@ _LIMIT = struct.Struct("<BQI")
 _WHOLE = struct.Struct("<BQ")
 
 _BOOT_TYPE, _PAGES_TYPE, _LIMIT_TYPE, _WHOLE_TYPE, _HYDRATED_TYPE = 1, 2, 4, 5, 6
+
+# Length word and type of a BOOT record.
+_BOOT_HEAD = struct.pack("<IB", 17, _BOOT_TYPE)
 
 # A PAGES frame of a compaction stays far below the 16 MiB a frame may have.
 _RUNS_PER_FRAME = 65536
@@ -325,6 +329,34 @@ def encode_frame(payload: bytes) -> bytes:
     """Return ``payload`` as a frame; used where a whole journal is written anew."""
     length = struct.pack("<I", len(payload))
     return _FRAME.pack(_native.crc32c(length + payload), len(payload)) + payload
+
+
+def find_frames(data: bytes) -> Iterator[bytes]:
+    """Yield the payloads of the frames at the start of ``data``, up to one that does not check."""
+    at = 0
+    while at + _FRAME.size <= len(data):
+        crc, length = _FRAME.unpack_from(data, at)
+        end = at + _FRAME.size + length
+        if not 0 < length <= PAYLOAD_MAX or end > len(data):
+            return
+        if _native.crc32c(memoryview(data)[at + 4 : end]) != crc:
+            return
+        yield data[at + _FRAME.size : end]
+        at = end
+
+
+def has_later_mount(tail: bytes) -> bool:
+    """Return whether a BOOT record lies somewhere in ``tail``, what follows a frame that is bad.
+
+    A mount writes one only behind a journal that is whole and durable. So the frame before it was
+    damaged later, and ``tail`` is no torn end of what was never synced.
+    """
+    at = tail.find(_BOOT_HEAD)
+    while at >= 0:
+        if at >= 4 and next(find_frames(tail[at - 4 : at + 21]), None) is not None:
+            return True
+        at = tail.find(_BOOT_HEAD, at + 1)
+    return False
 
 
 def encode_boot(boot_id: bytes) -> bytes:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from pbkfs.errors import DiffError, FormatError
 from pbkfs.overlay import journal as records
-from pbkfs.overlay.diff import Diff
+from pbkfs.overlay.diff import Diff, Named
 from pbkfs.overlay.inode import NOT_LOADED, Directory, File, Inode, Piece, SymbolicLink
 from pbkfs.overlay.journal import RENAME_EXCHANGE
 from pbkfs.overlay.namespace import Namespace, fail
@@ -154,6 +154,24 @@ def apply_wal_out(namespace: Namespace) -> list[Inode]:
     link = SymbolicLink(namespace.new_number(), root.uid, root.gid, root.mtime_ns, None)
     namespace.add(root, WAL_NAME, link)
     return gone
+
+
+def find_named(
+    stack: Stack, namespace: Namespace, created: Collection[int]
+) -> list[dict[int, Named]]:
+    """Return, for each layer from the oldest on, the objects that a name leads to.
+
+    ``created`` are the objects that records of the newest layer created.
+    """
+    named: list[dict[int, Named]] = [{} for _ in stack.layers]
+    live = len(named) - 1
+    for inode in namespace.inodes.values():
+        if isinstance(inode, File) and inode.pieces:
+            path = namespace.path_of(inode) or b""
+            for layer, object_id, is_mapped in inode.pieces:
+                is_created = layer == live and object_id in created
+                named[layer][object_id] = Named(path, is_created, is_mapped)
+    return named
 
 
 def _describe(payloads: Iterable[bytes], index: int) -> str:

@@ -23,7 +23,7 @@ from pbkfs.backup.base import Base
 from pbkfs.overlay import journal as records
 from pbkfs.overlay.attributes import Attributes, Change, check_owner, new_owner, touch
 from pbkfs.overlay.contents import Contents
-from pbkfs.overlay.diff import Diff, Named, check_layers
+from pbkfs.overlay.diff import Diff, check_layers
 from pbkfs.overlay.inode import Attr, Directory, File, Inode, SymbolicLink
 from pbkfs.overlay.journal import TARGET_MAX
 from pbkfs.overlay.namespace import (
@@ -33,7 +33,7 @@ from pbkfs.overlay.namespace import (
     Namespace,
     fail,
 )
-from pbkfs.overlay.replay import WAL_NAME, Replay, apply_wal_out
+from pbkfs.overlay.replay import WAL_NAME, Replay, apply_wal_out, find_named
 from pbkfs.overlay.stack import Stack
 
 __all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "Attr", "Tree"]
@@ -68,7 +68,7 @@ class Tree:
         try:
             check_layers(diff, sealed)
             created = self._replay()
-            named = self._find_named(created)
+            named = find_named(self._stack, self._namespace, created)
             for layer, found in zip(self._stack.layers[:-1], named[:-1], strict=True):
                 layer.check_objects(found)
             diff.start(named[-1], owner)
@@ -89,18 +89,6 @@ class Tree:
             replay.run(layer, layer.names)
             created = replay.created
         return created
-
-    def _find_named(self, created: set[int]) -> list[dict[int, Named]]:
-        """Return, for each layer, the objects that a name leads to."""
-        named: list[dict[int, Named]] = [{} for _ in self._stack.layers]
-        live = len(named) - 1
-        for inode in self._namespace.inodes.values():
-            if isinstance(inode, File) and inode.pieces:
-                path = self._namespace.path_of(inode) or b""
-                for layer, object_id, is_mapped in inode.pieces:
-                    is_created = layer == live and object_id in created
-                    named[layer][object_id] = Named(path, is_created, is_mapped)
-        return named
 
     @property
     def nodes(self) -> _native.Nodes:
