@@ -128,8 +128,8 @@ class Nodes:
     def hydrate_sync(self, ino: int, /) -> bool:
         """Make what was hydrated durable and record it; returns whether the object is whole now."""
     def count_blocks(self, ino: int, /) -> tuple[int, int, int, bool]:
-        """(blocks that could come from below, those in the object, those of these that were changed,
-        whether the object is whole); (0, 0, 0, whole) unless it is mapped."""
+        """(blocks that could come from below, those in the object, those of these that were
+        changed, whether the object is whole); (0, 0, 0, whole) unless it is mapped."""
     def heat(self) -> dict[int, int]:
         """Reads and changes of each inode since it was registered; without those that had none."""
     def drop_indexes(self) -> int:
