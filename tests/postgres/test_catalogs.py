@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,50 @@ def test_mounted_backup_is_the_cluster(
         server.stop()
     mount.unmount()
     assert mount.unexpected_log_lines() == []
+    assert fingerprint(store) == before
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], Path]]:
+    """Bind-mounts a directory read-only beside itself."""
+    bound: list[Path] = []
+
+    def bind(path: Path) -> Path:
+        target = path.with_name(path.name + "-read-only")
+        target.mkdir()
+        subprocess.run(["mount", "--bind", path, target], check=True)
+        bound.append(target)
+        subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
+        return target
+
+    yield bind
+    for target in bound:
+        subprocess.run(["umount", target], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="bind mounts need root")
+def test_read_only_store_is_enough(
+    mounts: Mounts, catalog_store: Any, read_only: Callable[[Path], Path]
+) -> None:
+    catalog, backup_id = MOUNTABLE[-1]
+    manifest = MANIFESTS[catalog]
+    restore = _first_good(manifest["backups"][backup_id])
+    assert restore is not None
+    store = read_only(catalog_store(catalog))
+    before = fingerprint(store)
+    mount = mounts.mount("-B", store, "--instance", manifest["instance"], "-i", backup_id)
+    assert tree_differences(mount.pgdata, restore, is_stream=True) == []
+    server = MountedServer(mount, postgres_bindir(int(manifest["pg_major"])))
+    server.start()
+    assert differences(read_truth(server.uri), restore["sql"]) == []
+    server.sql("create table made_here as select generate_series(1, 1000) as i", "checkpoint")
+    server.stop()
+    mount.unmount()
+    mount.mount()
+    server.start()
+    assert server.sql("select count(*) from made_here") == "1000"
+    server.stop()
+    mount.unmount()
     assert fingerprint(store) == before
 
 
