@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from pbkfs import _native
 from pbkfs.overlay import journal as records
-from pbkfs.overlay.diff import EMPTY_MAP, Named
+from pbkfs.overlay.diff import EMPTY_MAP, Named, PageMap
 from pbkfs.overlay.inode import File, Inode, Piece
 from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
 from pbkfs.overlay.namespace import Namespace
@@ -202,6 +202,38 @@ class Contents:
         if not is_mapped and not is_emptied:
             self.counters["copied_up_bytes"] += file.size
         self._attach(file, piece)
+
+    def adopt(self, file: File, object_id: int, *, is_whole: bool) -> None:
+        """Make an object that is durable already the mapped one of a file that has none.
+
+        ``is_whole``: it holds all that is below. Takes the object away where its record can't be
+        appended. Raises OSError.
+        """
+        path = self._namespace.path_of(file)
+        assert path is not None
+        try:
+            record = records.CopyUp(object_id, True, path)
+            self._diff.append(record.encode(), label="hydrate")
+        except BaseException:
+            self._diff.objects.remove(object_id)
+            raise
+        piece = self._piece(object_id, is_mapped=True)
+        file.pieces = (piece, *file.pieces)
+        try:
+            if is_whole:
+                self._diff.append(records.encode_whole(object_id), label="whole")
+                self._diff.page_maps[object_id] = PageMap(b"", NO_LIMIT, True)
+        finally:
+            if is_whole and file.nlookup == 0:
+                # Nobody uses it, and nobody has to remember pages of it.
+                self.close_idle(file)
+            else:
+                self._attach(file, piece)
+
+    def close_idle(self, file: File) -> None:
+        """Let the native half forget a file whose page map is known here."""
+        if self.nodes.has(file.ino):
+            self.nodes.remove(file.ino)
 
     def _is_to_be_mapped(self, file: File, path: bytes | None) -> bool:
         if file.size == 0:

@@ -1,9 +1,9 @@
 """``DIFF/objects``: one plain file per changed file, named by number.
 
 Owns the numbering, the making and the removal of objects, and their attributes; their bytes belong
-to the native half. Used on the thread that owns the tree, except ``sync_fresh``, which any thread
-may call. An object appears under its name complete (a temporary name and a rename), so a crash
-never leaves one with a wrong owner or mode.
+to the native half. Used on the thread that owns the tree, except ``fill`` and ``sync_fresh``, which
+any thread may call. An object appears under its name complete (a temporary name and a rename), so
+a crash never leaves one with a wrong owner or mode.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class ObjectStore:
 
     def make(self, mode: int, uid: int, gid: int) -> int:
         """Make an empty object; returns its id. Not durable yet. Raises OSError, leaves nothing."""
-        with self._new(label="create") as (object_id, tmp, fd):
+        object_id = self.reserve()
+        with self._new(object_id, label="create") as (tmp, fd):
             _give(fd, mode, uid, gid)
             self._publish(object_id, tmp, label="create")
         self._fresh.append(object_id & 255)
@@ -113,7 +114,27 @@ class ObjectStore:
         Object and directory entry are durable on return. ``attributes`` are mode, uid and gid,
         ``times_ns`` atime and mtime. Raises what ``fill`` raises and OSError; leaves nothing then.
         """
-        with self._new(label="copy_up") as (object_id, tmp, fd):
+        object_id = self.reserve()
+        self.fill(object_id, fill, attributes=attributes, times_ns=times_ns)
+        return object_id
+
+    def reserve(self) -> int:
+        """Return the id of an object that is going to be made. Raises OSError."""
+        object_id = self.next_id
+        self._ensure_directory(object_id & 255)
+        self.next_id += 1
+        return object_id
+
+    def fill(
+        self,
+        object_id: int,
+        fill: Callable[[int], None],
+        *,
+        attributes: tuple[int, int, int],
+        times_ns: tuple[int, int],
+    ) -> None:
+        """Make the object of a reserved id, as ``make_filled`` does. Any thread may call."""
+        with self._new(object_id, label="copy_up") as (tmp, fd):
             fill(fd)
             _give(fd, *attributes)
             os.utime(fd, ns=times_ns)
@@ -124,18 +145,14 @@ class ObjectStore:
             except BaseException:
                 self.remove(object_id)
                 raise
-        return object_id
 
     @contextmanager
-    def _new(self, *, label: str) -> Iterator[tuple[int, str, int]]:
-        object_id = self.next_id
-        self._ensure_directory(object_id & 255)
-        self.next_id += 1
+    def _new(self, object_id: int, *, label: str) -> Iterator[tuple[str, int]]:
         tmp = object_path(object_id) + _TMP_SUFFIX
         durable.on_step(f"{label}:object:create")
         fd = os.open(tmp, _OPEN_NEW, 0o600, dir_fd=self.fd)
         try:
-            yield object_id, tmp, fd
+            yield tmp, fd
         except BaseException:
             self._unlink(tmp)
             raise

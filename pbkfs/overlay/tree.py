@@ -24,6 +24,7 @@ from pbkfs.overlay import journal as records
 from pbkfs.overlay.attributes import Attributes, Change, check_owner, new_owner, touch
 from pbkfs.overlay.contents import Contents
 from pbkfs.overlay.diff import Diff, check_layers
+from pbkfs.overlay.hydration import Hydration
 from pbkfs.overlay.inode import Attr, Directory, File, Inode, SymbolicLink
 from pbkfs.overlay.journal import TARGET_MAX
 from pbkfs.overlay.namespace import (
@@ -76,6 +77,7 @@ class Tree:
                 self._stack, self._namespace, log_fd=log_fd, index_bytes=index_bytes
             )
             self._contents.finish_truncations(named[-1])
+            self.hydration = Hydration(self._stack, self._namespace, self._contents)
         except BaseException:
             for layer in self._stack.layers:
                 layer.close()
