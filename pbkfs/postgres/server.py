@@ -206,13 +206,10 @@ def _linked_places(data_dir: Path) -> dict[str, Path]:
     """Return the real directories of pg_wal and of the tablespaces, with what leads there."""
     found = {}
     try:
-        names = [
-            Path("pg_wal"),
-            *(Path("pg_tblspc") / n for n in os.listdir(data_dir / "pg_tblspc")),
-        ]
+        tablespaces = os.listdir(data_dir / "pg_tblspc")
     except OSError:
-        return {}
-    for name in names:
+        tablespaces = []
+    for name in ("pg_wal", *(f"pg_tblspc/{oid}" for oid in tablespaces)):
         if (data_dir / name).exists():
             found[os.path.realpath(data_dir / name)] = data_dir / name
     return found

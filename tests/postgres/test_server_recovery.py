@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shutil
@@ -14,11 +15,15 @@ import psutil
 import pytest
 from fix_mounts import run_pbkfs
 from fix_postgres import ArchivedSource, Cluster, is_running
+from machine import MAJORS
 
 from pbkfs.postgres import wal_file
 
 # As PostgreSQL: count and greatest value tell how far recovery went.
 ROWS = "select count(*) || ' ' || max(n) from t"
+
+
+OLDEST_AND_NEWEST = pytest.mark.parametrize("programs", [MAJORS[0], MAJORS[-1]], indirect=True)
 
 
 @pytest.fixture
@@ -79,6 +84,7 @@ def test_exclusive_xid(newest_archived: ArchivedSource, newest_bare: Cluster) ->
     assert newest_bare.sql(ROWS) == "10 10"
 
 
+@OLDEST_AND_NEWEST
 def test_immediate_needs_no_archive_where_the_backup_has_its_wal(
     archived: ArchivedSource, server_place: Path
 ) -> None:
@@ -88,6 +94,7 @@ def test_immediate_needs_no_archive_where_the_backup_has_its_wal(
     assert cluster.sql("select timeline_id from pg_control_checkpoint()") == "2"
 
 
+@OLDEST_AND_NEWEST
 def test_pause_then_go_on_then_promote(archived: ArchivedSource, bare: Cluster) -> None:
     name = archived.points["name"]
     options = ["--wal-archive", str(archived.archive)]
@@ -376,8 +383,6 @@ def fetch(archive: Path, name: str, target: Path) -> tuple[int, str]:
 
 
 def test_partial_segments_and_their_order(store: Path, tmp_path: Path) -> None:
-    import gzip
-
     archive = store / "wal" / "main"
     name, data = max(segments(archive).items())
     for path in archive.glob(f"{name}*"):
@@ -428,8 +433,6 @@ def test_history_files_and_names_that_are_no_wal(store: Path, tmp_path: Path) ->
     "damage", ["empty", "short", "long", "no header", "broken gzip", "cut gzip"]
 )
 def test_damage_stops_recovery(store: Path, tmp_path: Path, damage: str) -> None:
-    import gzip
-
     archive = store / "wal" / "main"
     name, data = max(segments(archive).items())
     for path in archive.glob(f"{name}*"):

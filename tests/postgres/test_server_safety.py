@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fix_postgres import ArchivedSource, Cluster, Programs, copy_tree
+from machine import MAJORS
 
 LIBRARIES = "pg_cron, pg_stat_statements, no_such_library, $libdir/no_such_other"
 
@@ -183,6 +184,7 @@ def test_shared_buffers_of_a_larger_host(newest_cluster: Cluster) -> None:
 # --- files that are missing or mean something else on a copy ----------------------------------
 
 
+@pytest.mark.parametrize("programs", [MAJORS[0], MAJORS[-1]], indirect=True)
 def test_a_cluster_without_configuration_files(cluster: Cluster) -> None:
     """As Debian has it: its configuration lies in /etc and is in no backup."""
     for name in ("postgresql.conf", "pg_hba.conf", "pg_ident.conf"):
@@ -233,7 +235,6 @@ def test_a_copy_that_shares_wal_or_a_tablespace_with_a_running_server(
         shutil.rmtree(cluster.pgdata / "pg_wal", ignore_errors=True)
         (cluster.pgdata / "pg_wal").symlink_to(wal)
     original.start()
-    before = copy.tree()
     message, hint = copy.fail_to_start(10)
     assert f"{copy.pgdata}/pg_wal leads to {wal}" in message
     assert f"the running server of {original.pgdata} uses" in message
@@ -248,7 +249,6 @@ def test_a_copy_that_shares_wal_or_a_tablespace_with_a_running_server(
     (copy.pgdata / "pg_tblspc" / oid).symlink_to(tablespace)
     message, _ = copy.fail_to_start(10)
     assert f"pg_tblspc/{oid} leads to {tablespace}" in message
-    assert "pg_wal" in before
 
 
 def test_a_missing_include_that_is_no_mount(newest_cluster: Cluster) -> None:

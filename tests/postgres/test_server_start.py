@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 import pytest
 from fix_mounts import run_pbkfs
 from fix_postgres import ArchivedSource, Cluster, free_port, is_running
+from machine import postgres_bindir, postgres_majors
 
 
 def test_start_status_stop(cluster: Cluster) -> None:
@@ -55,8 +58,6 @@ def test_start_status_stop(cluster: Cluster) -> None:
 
 
 def _seconds(text: str) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(text).timestamp()
 
 
@@ -120,8 +121,6 @@ def test_two_servers_take_two_ports(newest_cluster: Cluster) -> None:
 
 def test_a_named_port_that_is_taken(newest_cluster: Cluster) -> None:
     cluster = newest_cluster
-    import socket
-
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -179,8 +178,7 @@ def test_trust_local_trusts_the_socket_and_nothing_else(newest_cluster: Cluster)
     hba.write_text("local all all scram-sha-256\nhost all all 127.0.0.1/32 scram-sha-256\n")
     before = hba.read_bytes()
     cluster.start()
-    tcp = cluster.uri
-    assert "password" in _refusal(cluster, tcp)
+    assert "password" in _refusal(cluster, cluster.uri)
     # Without a password nothing can be asked, but where it is and that it is ready is known.
     status = cluster.status()
     assert (status["lsn"], status["in_recovery"], status["state"]) == (None, False, "ready")
@@ -189,6 +187,7 @@ def test_trust_local_trusts_the_socket_and_nothing_else(newest_cluster: Cluster)
     cluster.start("--trust-local")
     assert "?host=" in cluster.uri
     assert cluster.sql("select 1") == "1"
+    tcp = f"postgresql://postgres@127.0.0.1:{cluster.port}/postgres"
     assert "password" in _refusal(cluster, tcp)
     assert "/" in cluster.status()["lsn"]
     assert hba.read_bytes() == before
@@ -305,9 +304,8 @@ def test_no_binaries_of_the_major(newest_cluster: Cluster, tmp_path: Path) -> No
     assert cluster.tree() == before
 
 
-def test_binaries_of_another_major(cluster: Cluster) -> None:
-    from machine import postgres_bindir, postgres_majors
-
+def test_binaries_of_another_major(newest_cluster: Cluster) -> None:
+    cluster = newest_cluster
     others = [major for major in postgres_majors() if major != cluster.programs.major]
     bindir = postgres_bindir(others[0])
     message, _ = cluster.fail_to_start(10, "--pg-bindir", str(bindir))
