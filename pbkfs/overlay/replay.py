@@ -122,8 +122,6 @@ class Replay:
             file.pieces = (piece, *file.pieces)
             return
         file.pieces = (piece, *file.pieces) if piece.is_mapped else (piece,)
-        if not piece.is_mapped:
-            file.origin_dir = None
         file.size = NOT_LOADED
 
     def _set_attributes(self, inode: Inode, record: records.SetAttr) -> None:

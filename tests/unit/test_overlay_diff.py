@@ -340,6 +340,23 @@ def test_size_of_a_copy_is_durable_before_its_record(
     assert order == sorted(order)
 
 
+def test_names_are_durable_together_with_their_objects(
+    place: TreePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that a sync made durable must not lead to an object that a power cut took."""
+    place.open()
+    labels: list[str] = []
+    monkeypatch.setattr(durable, "on_step", labels.append)
+    write(place, b"new", b"x", flags=os.O_CREAT)
+    assert labels.index("objects:directory:fsync") < labels.index("create:object:create")
+    place.tree.sync()
+    assert labels.index("journal:create:append") < labels.index("sync:objects:fsync")
+    assert labels.index("sync:objects:fsync") < labels.index("journal:sync")
+    labels.clear()
+    place.tree.sync()
+    assert labels == ["journal:sync"]
+
+
 @pytest.mark.parametrize("size", [PAGE, PAGE + 100, 0])
 def test_truncation_without_its_record_is_completed(place: TreePlace, size: int) -> None:
     """A worker that died between the truncation of the object and the LIMIT record."""
@@ -433,6 +450,21 @@ def test_sealed_layer_is_never_changed(used: TreePlace) -> None:
     )
     assert b"new" not in used.driver.listdir(b"")
     assert contents(layer) == before
+
+
+def test_truncation_in_a_layer_holds_above_it(place: TreePlace) -> None:
+    """What was cut off in a layer never comes back from the base, wherever the file grew again."""
+    place.open()
+    write(place, RELATION, pattern(2, 10), 0)
+    place.driver.truncate(RELATION, PAGE)
+    place.driver.truncate(RELATION, 4 * PAGE)
+    place.seal()
+    expected = pattern(2, 10) + pattern(1, PAGE)[10:] + bytes(3 * PAGE)
+    assert place.driver.read_file(RELATION) == expected
+    write(place, RELATION, b"x", 2 * PAGE)
+    expected = expected[: 2 * PAGE] + b"x" + expected[2 * PAGE + 1 :]
+    place.seal()
+    assert place.driver.read_file(RELATION) == expected
 
 
 def test_missing_layer_is_named(used: TreePlace) -> None:

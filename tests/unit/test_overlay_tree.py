@@ -130,6 +130,18 @@ def test_reader_sees_each_name_once_while_others_come_and_go(place: TreePlace) -
     assert len(seen) == len(set(seen))
 
 
+def test_name_made_anew_while_a_directory_is_read_is_seen_once(place: TreePlace) -> None:
+    place.driver.mkdir(b"full", 0o700)
+    for name in (b"first", b"again", b"last"):
+        place.driver.symlink(b"x", b"full/" + name)
+    ino = find(place, b"full").ino
+    [(name, _, cookie)] = islice(place.tree.readdir(ino, 0), 1)
+    assert name == b"first"
+    place.driver.unlink(b"full/again")
+    place.driver.symlink(b"x", b"full/again")
+    assert [name for name, _, _ in place.tree.readdir(ino, cookie)] == [b"last", b"again"]
+
+
 class ManyNames(EmptyBase):
     """A base of one directory with ``n_names`` files."""
 
