@@ -28,6 +28,11 @@ def parse_size(text: str) -> int:
     )
 
 
+def parse_rate(text: str) -> int:
+    """Return bytes a second for ``50MB``, ``50MB/s`` or ``0`` (no limit)."""
+    return parse_size(text.strip().lower().removesuffix("/s"))
+
+
 def parse_duration(text: str) -> float:
     """Return seconds for ``2h``, ``7d``, ``1h30m``, ``250ms`` or ``30`` (seconds)."""
     text = text.strip()

@@ -291,28 +291,28 @@ ssize_t pbk_node_write(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off,
 /* ---- truncate ---- */
 
 /* The part of a block that a cut leaves over has to be in the object: below, the block still has its other part. */
-static int keep_cut_block(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t size, bool *is_merged)
+static int keep_cut_block(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t size)
 {
     uint64_t block = size / PBK_BLCKSZ;
     struct iovec iov;
-    if (size % PBK_BLCKSZ == 0 || object_has(node->object, block))
+    if (size % PBK_BLCKSZ == 0)
         return 0;
+    if (object_has(node->object, block))
+        return mark_hydrated(node, block, block);
     /* Whole as it is seen now, as the file is cut only afterwards. */
     int err = merge_page(node, ctx, block, block * PBK_BLCKSZ, zero_page, 0, ctx->merge[0], &iov);
     if (err == 0)
         err = pbk_pwritev_full(fd, &iov, 1, block * PBK_BLCKSZ);
     if (err == 0)
         err = add_blocks(node, block, block);
-    *is_merged = err == 0;
     return err;
 }
 
 static int shrink_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t size)
 {
     struct pbk_object *object = node->object;
-    bool is_merged = false;
 
-    int err = keep_cut_block(node, ctx, fd, size, &is_merged);
+    int err = keep_cut_block(node, ctx, fd, size);
     if (err == 0)
         err = pbk_ftruncate(fd, size);
     if (err)
@@ -322,7 +322,8 @@ static int shrink_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uin
         object->limit = (uint32_t)blocks_of(size);
         return node_record_truncate(node);
     }
-    return is_merged ? node_record_truncate(node) : 0;
+    /* A cut inside of the last block: the block has to be the object's own for good, or its other part could come back. */
+    return size % PBK_BLCKSZ != 0 && blocks_of(size) == object->limit ? node_record_truncate(node) : 0;
 }
 
 int node_truncate_locked(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size)

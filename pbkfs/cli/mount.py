@@ -18,7 +18,7 @@ from pbkfs.cli.options import (
 from pbkfs.cli.output import warn
 from pbkfs.config import DEFAULT_INDEX_BYTES
 from pbkfs.errors import UnsupportedError, UsageError
-from pbkfs.units import parse_duration, parse_size
+from pbkfs.units import parse_duration, parse_rate, parse_size
 
 
 @click.command(
@@ -113,6 +113,17 @@ from pbkfs.units import parse_duration, parse_size
     metavar="FILE",
     help="Write the worker's pid there while it lives.",
 )
+@click.option(
+    "--hydrate",
+    "hydrate_rate",
+    type=parse_rate,
+    is_flag=False,
+    flag_value="0",
+    envvar="PBKFS_HYDRATE",
+    metavar="[RATE]",
+    help="Bring the whole backup into the diff in the background, hottest files first, at most "
+    "RATE bytes a second (50MB; default: no limit).",
+)
 @click.option("--perf-unsafe", is_flag=True, hidden=True)
 @click.option("--no-wal", is_flag=True, hidden=True)
 @debug_option
@@ -136,6 +147,7 @@ def command(
     log_format: str,
     log_sink: str,
     pid_file: Path | None,
+    hydrate_rate: int | None,
     perf_unsafe: bool,
     no_wal: bool,
     debug: bool,
@@ -186,6 +198,7 @@ def command(
             debug=debug,
         ),
         pid_file=_absolute(pid_file),
+        hydrate=hydrate_rate,
     )
     opened = open_mount(request)
     for message, hint in opened.warnings:

@@ -12,6 +12,7 @@ import click
 
 from pbkfs.cli.options import debug_option, diff_option, mountpoint_option
 from pbkfs.cli.output import echo_json, format_fields, format_option, is_terminal
+from pbkfs.cli.progress import describe_hydration
 from pbkfs.units import format_bytes, format_duration, parse_duration
 
 
@@ -78,6 +79,7 @@ def format_statistics(found: dict[str, Any]) -> str:
         "disk": f"{format_bytes(disk['total_bytes'])}: "
         f"objects {format_bytes(disk['objects_bytes'])}, "
         f"journal {format_bytes(disk['journal_bytes'])}, WAL {format_bytes(disk['wal_bytes'])}",
+        "hydration": describe_hydration(found["hydration"]),
     }
     text = format_fields(fields)
     for part in ("overlay", "fuse"):

@@ -50,6 +50,8 @@ class MountRequest:
     force: bool = False
     log: LogOptions = LogOptions()
     pid_file: Path | None = None
+    hydrate: int | None = None
+    """Bytes a second of hydration in the background, 0 for no limit; None: no hydration."""
 
     def names_base(self) -> bool:
         """Return whether the command line says anything about the base."""

@@ -54,6 +54,8 @@ class Statistics:
     disk: dict[str, int]
     overlay: dict[str, int]
     """Counters of tree and nodes; ``blocks_copied`` were merged with their version below."""
+    hydration: dict[str, int | str | None]
+    """How far it is: the fields of ``hydrating.HydrationStatus``."""
     fuse: dict[str, int]
     """Requests of the kernel: ``NAME.native`` were answered in C, ``NAME.forwarded`` in Python."""
 
@@ -87,6 +89,7 @@ async def collect(worker: Worker) -> Statistics:
             "total_bytes": disk.total_bytes,
         },
         overlay={**opened.tree.counters(), **opened.tree.nodes.counters()},
+        hydration=worker.hydrator.fields(),
         fuse=_summarize(worker.session_counters()),
     )
 

@@ -25,6 +25,7 @@ from pbkfs.config import START_LIMIT_S
 from pbkfs.errors import BusyError, PbkfsError
 from pbkfs.mount import binding, control, holders, mounts, process, statistics, wal
 from pbkfs.mount.binding import Binding
+from pbkfs.mount.hydrating import Hydrator
 from pbkfs.mount.opening import OpenMount, host_errors, now
 from pbkfs.mount.owner import host_name, this_process
 from pbkfs.mount.report import ReportWriter, error_to_fields
@@ -98,6 +99,7 @@ class Worker:
         self._n_requests = 0
         self._log_rest = b""
         self._unmounting: trio.Lock | None = None
+        self.hydrator = Hydrator(opened.tree, opened.diff_path)
 
     # --- start and end, synchronous -------------------------------------------------------------
 
@@ -204,6 +206,7 @@ class Worker:
                     nursery.start_soon(_guarded, control.serve, server, self._handlers())
                     nursery.start_soon(_guarded, self._pump_log)
                     nursery.start_soon(_guarded, self._keep_synced)
+                    nursery.start_soon(_guarded, self.hydrator.serve)
                     nursery.start_soon(_guarded, self._obey_signals, signals)
                     process.write_pid_file(opened.request.pid_file)
                     with host_errors(opened.diff_path):
@@ -213,6 +216,8 @@ class Worker:
                     self.report.send("ok", pid=os.getpid(), mountpoint=str(opened.place.path))
                     self.report.close()
                     logger.info("ready")
+                    if opened.request.hydrate is not None:
+                        self.hydrator.start(opened.request.hydrate)
                     await session.wait_closed()
                     self.state = "ending"
                     with trio.move_on_after(_LAST_REPLIES_S):
@@ -232,6 +237,8 @@ class Worker:
             "reset": self._on_reset,
             "sync": self._on_sync,
             "unmount": self._on_unmount,
+            "hydrate": self._on_hydrate,
+            "hydration": self._on_hydration,
         }
         return {op: self._counted(handler) for op, handler in handlers.items()}
 
@@ -337,6 +344,17 @@ class Worker:
     async def _on_unmount(self, request: dict[str, Any]) -> dict[str, Any]:
         await self._unmount(is_forced=bool(request.get("force")))
         return {"pid": os.getpid()}
+
+    async def _on_hydrate(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request.get("stop"):
+            self.hydrator.stop()
+        else:
+            rate = request.get("rate")
+            self.hydrator.start(None if rate is None else int(rate))
+        return {"hydration": self.hydrator.fields()}
+
+    async def _on_hydration(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"hydration": self.hydrator.fields()}
 
     def session_counters(self) -> dict[str, int]:
         """Return the counters of the kernel's side."""
