@@ -386,6 +386,18 @@ class Diff:
         durable.on_step("journal:sync")
         self.journal.sync()
 
+    def end_session(self) -> None:
+        """Mark the end of a journal that is durable, so that damage to it is told from a torn tail.
+
+        The mark is a BOOT record, as at a mount: what lies before one was durable once. Not worth
+        an error: on a full disk it is left out.
+        """
+        try:
+            self.append(records.encode_boot(self._boot_id), label="end")
+            self.sync()
+        except OSError as error:
+            _log.warning("%s: the end of the journal is not marked: %s", self.path, error)
+
     def sync_file_system(self) -> None:
         """Make all of the file system that the diff is on durable. Raises OSError."""
         durable.on_step("close:syncfs")

@@ -386,6 +386,7 @@ class Tree:
             finally:
                 self.sync()
             self.reap()
+            self._diff.end_session()
         finally:
             self.nodes.close()
             for layer in self._stack.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 from conformance.file_machine import PAGE, pattern
 from conformance.tree_place import TreePlace, open_place
 
+from pbkfs import durable
 from pbkfs.errors import DiffError
 from pbkfs.overlay.check import Report, check_diff
 from pbkfs.overlay.journal import (
@@ -243,6 +245,36 @@ def test_journal_damaged_before_a_mount_is_refused(used: TreePlace) -> None:
     with pytest.raises(DiffError, match="records of a later mount follow"):
         used.open()
     assert contents(used.diff_path) == before
+
+
+@pytest.mark.parametrize("at", [HEADER_BYTES + 30, -80, -30])
+def test_journal_damaged_after_its_last_mount_is_refused(used: TreePlace, at: int) -> None:
+    """A clean end leaves no torn tail, so what does not check is damage and not to be cut off."""
+    with (used.diff_path / "journal").open("r+b") as journal:
+        journal.seek(at, os.SEEK_SET if at > 0 else os.SEEK_END)
+        byte = journal.read(1)[0]
+        journal.seek(-1, os.SEEK_CUR)
+        journal.write(bytes([byte ^ 1]))
+    before = contents(used.diff_path)
+    with pytest.raises(DiffError, match="damaged"):
+        used.open()
+    assert contents(used.diff_path) == before
+
+
+@pytest.mark.expect_log("the end of the journal is not marked")
+def test_clean_end_that_cannot_be_marked_is_an_end(
+    used: TreePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_disk(label: str) -> None:
+        if label == "journal:end:append":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    used.open()
+    monkeypatch.setattr(durable, "on_step", fill_disk)
+    used.close()
+    monkeypatch.undo()
+    used.open()
+    assert used.driver.read_file(b"new") == b"new content"
 
 
 def test_record_that_native_code_does_not_know_is_refused(used: TreePlace) -> None:
