@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -158,18 +159,57 @@ static void enforce_bound(struct pbk_file_set *set, unsigned bound)
     }
 }
 
+/*
+ * Opens an object whose mode keeps its own owner out: a file of mode 0400 is written by whoever made it or had it open before.
+ * Only a worker without privilege meets that. The mode is widened for as long as the open takes; a death in between leaves it
+ * so. -EACCES if that is not the reason. Lock held, so that nobody else sees the wide mode and takes it for the file's.
+ */
+static int open_own(const struct pbk_file *file)
+{
+    char link[32];
+    struct stat st;
+    int fd = -EACCES;
+    int handle = openat(file->dir_fd, file->path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (handle < 0)
+        return -errno;
+    if (fstat(handle, &st) != 0 || !S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 0600) == 0600)
+        goto out;
+    snprintf(link, sizeof(link), "/proc/self/fd/%d", handle);
+    if (chmod(link, (st.st_mode & 07777) | 0600) != 0)
+        goto out;
+    fd = pbk_open_beneath(file->dir_fd, file->path, file->flags);
+    if (chmod(link, st.st_mode & 07777) != 0 && fd >= 0) {
+        close(fd);
+        fd = -EACCES;
+    }
+out:
+    close(handle);
+    return fd;
+}
+
+static int open_file(struct pbk_file_set *set, const struct pbk_file *file)
+{
+    int fd = pbk_open_beneath(file->dir_fd, file->path, file->flags);
+    if (fd == -EACCES && file->flags == O_RDWR) {
+        pthread_mutex_lock(&set->lock);
+        fd = open_own(file);
+        pthread_mutex_unlock(&set->lock);
+    }
+    return fd;
+}
+
 int pbk_file_acquire(struct pbk_file_set *set, struct pbk_file *file)
 {
     pthread_mutex_lock(&set->lock);
     if (file->fd < 0) {
         pthread_mutex_unlock(&set->lock);
-        int fd = pbk_open_beneath(file->dir_fd, file->path, file->flags);
+        int fd = open_file(set, file);
         pthread_mutex_lock(&set->lock);
         if (fd == -EMFILE || fd == -ENFILE) {
             /* Somebody else uses up the descriptors: give back half of ours and try once more. */
             enforce_bound(set, set->n_open / 2);
             pthread_mutex_unlock(&set->lock);
-            fd = pbk_open_beneath(file->dir_fd, file->path, file->flags);
+            fd = open_file(set, file);
             pthread_mutex_lock(&set->lock);
         }
         if (file->fd >= 0) {

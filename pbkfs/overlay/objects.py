@@ -224,9 +224,18 @@ class ObjectStore:
 
     def fsync_object(self, object_id: int, *, label: str) -> None:
         """Make an object's bytes and size durable. Raises OSError."""
-        fd = os.open(
-            object_path(object_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd
-        )
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(object_path(object_id), flags, dir_fd=self.fd)
+        except PermissionError:
+            # Its mode keeps its own owner out, who is no root.
+            with self.pinned(object_id) as path:
+                mode = stat.S_IMODE(os.stat(path).st_mode)
+                os.chmod(path, mode | stat.S_IRUSR)
+                try:
+                    fd = os.open(object_path(object_id), flags, dir_fd=self.fd)
+                finally:
+                    os.chmod(path, mode)
         try:
             durable.fsync_fd(fd, label=label)
         finally:

@@ -482,6 +482,49 @@ def test_unprivileged_worker_gives_nothing_away(
     assert attributes.new_owner(mine + 1, os.getegid())[0] == mine
 
 
+@pytest.fixture
+def as_nobody(memory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TreePlace]:
+    """A place whose worker has no privilege."""
+    if os.geteuid() != 0:
+        with open_place(memory) as made:
+            yield made
+        return
+    monkeypatch.setattr("conformance.tree_place.OWNER", (65534, 65534))
+    os.chown(memory, 65534, 65534)
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        with open_place(memory) as made:
+            yield made
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o444, 0o000, 0o200])
+def test_file_that_its_owner_may_not_write_is_written_by_who_made_it(
+    as_nobody: TreePlace, mode: int
+) -> None:
+    """As ``cp -p`` of a private key does; root never sees the difference."""
+    place = as_nobody
+    (place.lower / "base").mkdir()
+    (place.lower / "base/1").write_bytes(pattern(1, 3 * PAGE))
+    place.open()
+    for path, flags in ((b"made", os.O_CREAT | os.O_EXCL), (b"base/1", 0)):
+        handle = place.driver.open(path, os.O_RDWR | flags, mode)
+        if not flags:
+            place.driver.chmod(path, mode)
+        place.driver.pwrite(handle, b"secret", 0)
+        place.driver.fsync(handle)
+        place.driver.pwrite(handle, b"SECRET", 0)
+        assert place.driver.fstat(handle).mode == mode
+        place.driver.close(handle)
+    place.crash()
+    for path in (b"made", b"base/1"):
+        assert place.driver.read_file(path).startswith(b"SECRET")
+        assert place.driver.stat(path).mode == mode
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_owner_changes(place: TreePlace) -> None:
     for path in (b"postgresql.conf", b"base", b"link"):
