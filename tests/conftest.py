@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Generator, Iterator
@@ -197,6 +198,9 @@ class LeftBehind:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts its background jobs with SIGINT ignored, which all children inherit, and then
+    # nothing that a test interrupts would end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         return  # a worker of xdist: the process that steers the session looks after it
     token = os.environ.setdefault(SESSION, uuid.uuid4().hex[:8])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def catalogs_directory() -> Path:
         return Path(named)
     shared = ROOT.parent / "shared" / "catalogs"
     return shared if shared.is_dir() else TESTS / "data" / "catalogs"
+
+
+def own_mounts() -> list[str]:
+    """The start of a command that runs in a mount namespace of its own. Needs root.
+
+    Mounts in it stay in it, except where the root directory is no mount point (a bare chroot):
+    there, nothing can be made private, and it is as private as what the chroot lies on.
+    """
+    command = ["unshare", "--mount", "--propagation"]
+    can = subprocess.run([*command, "private", "true"], stderr=subprocess.DEVNULL, check=False)
+    return [*command, "private" if can.returncode == 0 else "unchanged"]
+
+
+def mounts_of(pid: int) -> list[str]:
+    """The start of a command that runs in the mount namespace of a process, below its root."""
+    return ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root=/proc/{pid}/root", "--"]
 
 
 def fuse_obstacle() -> str | None:

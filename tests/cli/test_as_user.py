@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from fix_place import Place
-from machine import ROOT
+from machine import ROOT, mounts_of, own_mounts
 
 from pbkfs import errors
 
@@ -65,7 +65,8 @@ class UserPlace(Place):
         root.chmod(0o777)
         self.mnt.chmod(0o777)
         os.chown(self.mnt, UID, UID)
-        self.enter = [found("nsenter"), f"--mount=/proc/{namespace}/ns/mnt", "--"]
+        enter, *where = mounts_of(namespace)
+        self.enter = [found(enter), *where]
         self.become = [found("setpriv"), f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
 
     def as_root(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -104,10 +105,8 @@ def found(program: str) -> str:
 def user_at(place: Path) -> Iterator[UserPlace]:
     """A place of the user nobody."""
     with subprocess.Popen(
-        [found("unshare"), "--mount", "--propagation", "private", "sh", "-ec",
-         namespace_script(place)],
-        cwd="/", stdout=subprocess.PIPE,
-    ) as holder:  # fmt: skip
+        [*own_mounts(), "sh", "-ec", namespace_script(place)], cwd="/", stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None
         try:
             assert holder.stdout.readline() == b"ready\n"

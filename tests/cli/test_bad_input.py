@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fix_mounts import run_pbkfs
 from fix_place import Place, snapshot
-from machine import ROOT
+from machine import ROOT, own_mounts
 
 from pbkfs import errors
 from pbkfs.mount import lock
@@ -244,7 +244,7 @@ def test_diff_on_a_read_only_file_system(used: Place) -> None:
 def in_own_mounts(script: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a shell script in a mount namespace of its own."""
     return subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh", *args],
+        [*own_mounts(), "sh", "-ec", script, "sh", *args],
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,7 @@
 #   tests/fresh/run.sh [--user] [--keep] SUITE [COMMAND ...]
 #
 # makes a minimal SUITE (bookworm, trixie, …) with debootstrap in a directory of its own, adds what a
-# container would have (/proc, /dev/fuse, /dev/shm), clones HEAD there, and runs each COMMAND in the
+# machine has (/proc, /sys, /dev/fuse, /dev/shm), clones HEAD there, and runs each COMMAND in the
 # clone; without any: "./run demo" and then "./run test". --user runs them as an ordinary user with
 # sudo, --keep leaves the directory. Needs root, debootstrap, and some 6 GB below $TMPDIR.
 #
@@ -58,8 +58,8 @@ clean_up() {
             status=1
         fi
     done
-    for point in $(awk -v r="$root/" 'index($5, r) == 1 { print $5 }' /proc/self/mountinfo | sort -r); do
-        case $point in "$root/proc" | "$root/dev/shm") ;; *) say "left mounted: $point" && status=1 ;; esac
+    for point in $(awk -v r="$root" 'index($5, r) == 1 { print $5 }' /proc/self/mountinfo | sort -r); do
+        case $point in "$root" | "$root/proc" | "$root/sys" | "$root/dev/shm") ;; *) say "left mounted: $point" && status=1 ;; esac
         umount "$point" || umount -l "$point"
     done
     if [ -n "$keep" ]; then
@@ -81,7 +81,10 @@ rm -f "$root.log"
 
 # --- what a machine has before its user comes --------------------------------------------------
 
+mount --bind "$root" "$root" # a machine's root is a mount point
+mount --make-private "$root"
 mount -t proc proc "$root/proc"
+mount -t sysfs sysfs "$root/sys"
 mkdir -p "$root/dev/shm"
 mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
 [ -e "$root/dev/fuse" ] || mknod -m 666 "$root/dev/fuse" c 10 229

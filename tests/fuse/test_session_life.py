@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fuse.served import Served, is_mounted
+from machine import mounts_of, own_mounts
 
 from pbkfs.errors import BusyError, HostError, NotRunningError
 from pbkfs.fuse import mounting
@@ -180,12 +181,12 @@ def as_user(place: Path) -> tuple[str, ...]:
         f"mount --bind {device} /dev/fuse && "
         'exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
     )
-    return ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh")
+    return (*own_mounts(), "sh", "-c", script, "sh")
 
 
 def enter(served: Served, script: str) -> subprocess.Popen[str]:
     """Run a script beside the served process: same namespace, same user."""
-    namespace = ["nsenter", f"--target={served.process.pid}", "--mount"]
+    namespace = mounts_of(served.process.pid)
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
