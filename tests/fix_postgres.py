@@ -6,6 +6,7 @@ tests. Whatever still runs on a data directory of a test is killed at its teardo
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -142,14 +143,15 @@ def server_pids(below: Path) -> list[int]:
 
 def kill_servers(below: Path) -> None:
     """End every server that works in or below a directory, and wait until all are gone."""
-    processes = [psutil.Process(pid) for pid in server_pids(below)]
-    for process in processes:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=30)
-    assert server_pids(below) == []
+
+    def kill() -> bool:
+        pids = server_pids(below)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not pids
+
+    wait_until(kill)
 
 
 def free_port() -> int:
