@@ -250,6 +250,9 @@ class Diff:
                 (*present, *self.page_maps, *_object_ids(self._names)), default=0
             )
             self._cut_tail()
+            # One of them may have the name under which a lost object is made again.
+            for path in leftovers:
+                self.objects.remove_leftover(path)
             for object_id in lost:
                 _log.warning(
                     "%s: object %s of %r was not durable before a power cut; the file is empty now",
@@ -263,8 +266,6 @@ class Diff:
             settled = self._settle(named)
             for object_id in sorted(present - named.keys()):
                 self.objects.remove(object_id)
-            for path in leftovers:
-                self.objects.remove_leftover(path)
             if not self._compact(named):
                 self._journal = _native.Journal(self._journal_fd, self._end)
                 self.append(records.encode_boot(self._boot_id), label="boot")

@@ -275,6 +275,19 @@ def test_object_of_a_new_file_that_a_power_cut_took_is_made_again(used: TreePlac
     assert used.driver.read_file(b"new") == b"again"
 
 
+@pytest.mark.expect_log("not durable before a power cut")
+def test_lost_object_that_is_half_made_is_made_again(used: TreePlace) -> None:
+    """The power cut took the rename only, or a crash came while the object was made again."""
+    tree = used.open()
+    object_id = tree._namespace.resolve(b"new").pieces[0].object_id  # type: ignore[attr-defined]
+    used.close()
+    path = used.diff_path / f"objects/{object_id & 255:02x}/{object_id:x}"
+    path.rename(f"{path}.tmp")
+    used.open()
+    assert used.driver.read_file(b"new") == b""
+    assert not path.with_name(f"{path.name}.tmp").exists()
+
+
 def test_orphans_and_leftovers_go(used: TreePlace) -> None:
     objects = used.diff_path / "objects"
     there = used.object_paths()
