@@ -41,10 +41,9 @@ def move_out(tree: Tree, base: Base, diff: Path, owner: tuple[int, int]) -> int 
                 leftover.unlink()
             elif leftover.exists():
                 shutil.rmtree(leftover)
-        n_files = _copy_directory(tree, entry, new)
+        n_files = _copy_directory(tree, entry, new, owner)
         for seed in base.wal_seed():
-            n_files += _copy_seed(seed, new)
-        _give(new, owner)
+            n_files += _copy_seed(seed, new, owner)
         for directory, _, _ in os.walk(new):
             durable.fsync_dir(directory, label="wal:seed")
         durable.on_step("wal:rename")
@@ -57,7 +56,7 @@ def move_out(tree: Tree, base: Base, diff: Path, owner: tuple[int, int]) -> int 
         tree.forget(entry.ino, 1)
 
 
-def _copy_directory(tree: Tree, entry: Attr, target: Path) -> int:
+def _copy_directory(tree: Tree, entry: Attr, target: Path, owner: tuple[int, int]) -> int:
     os.mkdir(target, 0o700)
     n_files = 0
     names = [name for name, _, _ in tree.readdir(entry.ino, 0) if name not in (b".", b"..")]
@@ -66,22 +65,25 @@ def _copy_directory(tree: Tree, entry: Attr, target: Path) -> int:
         path = target / os.fsdecode(name)
         try:
             if stat.S_ISDIR(child.mode):
-                n_files += _copy_directory(tree, child, path)
+                n_files += _copy_directory(tree, child, path, owner)
             elif stat.S_ISREG(child.mode):
-                _copy_file(tree, child, path)
+                _copy_file(tree, child, path, owner)
                 n_files += 1
             else:
                 os.symlink(tree.readlink(child.ino), os.fsencode(path))
+                _give(path, owner)
         finally:
             tree.forget(child.ino, 1)
+    _give(target, owner)
     return n_files
 
 
-def _copy_file(tree: Tree, entry: Attr, path: Path) -> None:
+def _copy_file(tree: Tree, entry: Attr, path: Path, owner: tuple[int, int]) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         tree.open(entry.ino)
         tree.nodes.copy_to(entry.ino, fd)
+        _give(fd, owner)
         os.fchmod(fd, stat.S_IMODE(entry.mode))
         os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
         durable.fsync_fd(fd, label="wal:file")
@@ -89,7 +91,7 @@ def _copy_file(tree: Tree, entry: Attr, path: Path) -> None:
         os.close(fd)
 
 
-def _copy_seed(seed: WalSeed, target: Path) -> int:
+def _copy_seed(seed: WalSeed, target: Path, owner: tuple[int, int]) -> int:
     """Write one file of the archive unless pg_wal has it already. Returns 0 or 1."""
     path = target / os.fsdecode(seed.name)
     try:
@@ -102,17 +104,14 @@ def _copy_seed(seed: WalSeed, target: Path) -> int:
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(fd, view) :]
+        _give(fd, owner)
         durable.fsync_fd(fd, label="wal:file")
     finally:
         os.close(fd)
     return 1
 
 
-def _give(directory: Path, owner: tuple[int, int]) -> None:
-    """Give a directory and all that is in it to ``owner``; a no-op unless we are root."""
-    if os.geteuid() != 0:
-        return
-    for path, names, files in os.walk(directory):
-        for name in (*names, *files):
-            os.lchown(os.path.join(path, name), *owner)
-        os.chown(path, *owner)
+def _give(what: int | Path, owner: tuple[int, int]) -> None:
+    """Give a new file to ``owner`` before it is fsynced, or a power cut might take it back."""
+    if os.geteuid() == 0:
+        os.chown(what, *owner, follow_symlinks=isinstance(what, int))
