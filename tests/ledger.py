@@ -7,6 +7,7 @@ flight may be.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import psycopg
 
@@ -14,8 +15,10 @@ import psycopg
 class Ledger:
     """Commits 1, 2, 3 … into table ``ledger`` on a thread until the server goes away."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_commit: Callable[[int], None] | None = None) -> None:
+        """``on_commit`` is called with each number before the next one is sent."""
         self.acknowledged = 0
+        self._on_commit = on_commit
         self._wanted = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -41,6 +44,8 @@ class Ledger:
                 while not self._stopping:
                     number += 1
                     connection.execute("insert into ledger values (%s)", (number,))
+                    if self._on_commit is not None:
+                        self._on_commit(number)
                     with self._wanted:
                         self.acknowledged = number
                         self._wanted.notify_all()
