@@ -86,6 +86,20 @@ class Hydrator:
         elif self._state == "looking":
             self._state = "stopped"
 
+    async def look(self) -> None:
+        """Count what is missing, without bringing it up; while it runs the counts are there."""
+        import trio
+
+        survey = iter(() if self._is_running else self._tree.hydration.survey())
+        for _ in survey:
+            await trio.lowlevel.checkpoint()
+            if self._is_running:
+                return
+
+    @property
+    def _is_running(self) -> bool:
+        return self._running is not None
+
     def status(self) -> HydrationStatus:
         """Return how far it is."""
         hydration = self._tree.hydration

@@ -21,6 +21,7 @@ from pbkfs.fuse.mounting import check_host
 from pbkfs.mount import holders, lock, wipe
 from pbkfs.mount.base import choose_address, open_base
 from pbkfs.mount.binding import BaseAddress, Binding, read_binding
+from pbkfs.mount.detaching import check_not_detached
 from pbkfs.mount.lock import DiffLock
 from pbkfs.mount.request import (
     MountPlace,
@@ -101,6 +102,8 @@ def open_mount(request: MountRequest) -> OpenMount:
     diff_path, is_reused = check_diff(request.diff)
     place = check_mountpoint(request.mountpoint, diff_path)
     bound = read_binding(diff_path) if is_reused else None
+    if is_reused:
+        check_not_detached(diff_path)
     address = choose_address(request, diff_path, bound, is_reused=is_reused)
     check_places(place.path, diff_path, address)
     check_host()

@@ -15,9 +15,11 @@ from pathlib import Path
 from pbkfs.mount import binding, control, lock
 from pbkfs.mount.request import SUPERBLOCK
 
+DETACH = "detach.json"
+
 # The journal goes first: without it the rest can't be mounted by mistake when the deletion is
 # interrupted. The superblock goes last but for the lock: with it, cleanup still knows a diff.
-_ORDER = ("journal", "objects", "pg_wal.new", "pg_wal", "log", control.NAME, binding.NAME)
+_ORDER = ("journal", DETACH, "objects", "pg_wal.new", "pg_wal", "log", control.NAME, binding.NAME)
 
 
 def wipe(diff: Path) -> list[str]:

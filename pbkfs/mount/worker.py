@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from pbkfs.fuse.session import Session
 
 logger = logging.getLogger(__name__)
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+# Their default is to end the process, and with it the mount under a server.
+_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 native_logger = logging.getLogger("pbkfs.native")
 
 # What was not fsynced may be lost in a power cut; names and attributes are not lost for longer.
@@ -196,7 +200,7 @@ class Worker:
             allow_other=opened.allow_other,
             fsname=str(opened.diff_path),
         )
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*_ENDING, *_IGNORED) as signals:
             try:
                 async with trio.open_nursery() as nursery:
                     if opened.place.dead is not None:
@@ -285,7 +289,7 @@ class Worker:
     async def _obey_signals(self, signals: Any) -> None:
         async for signum in signals:
             name = signal.Signals(signum).name
-            if signum == signal.SIGHUP:
+            if signum in _IGNORED:
                 logger.info("got %s, which does nothing", name)
                 continue
             logger.info("got %s, unmounting", name)
@@ -353,7 +357,9 @@ class Worker:
             self.hydrator.start(None if rate is None else int(rate))
         return {"hydration": self.hydrator.fields()}
 
-    async def _on_hydration(self, _request: dict[str, Any]) -> dict[str, Any]:
+    async def _on_hydration(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request.get("look"):
+            await self.hydrator.look()
         return {"hydration": self.hydrator.fields()}
 
     def session_counters(self) -> dict[str, int]:

@@ -138,6 +138,11 @@ class Diff:
                 superblock = _make(path, base, layers)
             except NotADirectoryError:
                 raise _not_a_directory(path) from None
+            if superblock.detached_to is not None:
+                raise DiffError(
+                    f"diff {path} was detached to {superblock.detached_to}",
+                    hint=f"Use the PGDATA there; delete the diff with: pbkfs cleanup -d {path}",
+                )
             check_base(superblock, base.identity, base.system_identifier, path)
             return cls._open(path, superblock, boot_id or read_boot_id(), is_sealed=False)
 

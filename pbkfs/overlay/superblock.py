@@ -20,7 +20,9 @@ NAME = "superblock.json"
 MAGIC = "pbkfs-diff"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 8192
-KNOWN_FEATURES: frozenset[str] = frozenset()
+# A diff that was detached: its objects are the files of a PGDATA, and it is not mounted any more.
+DETACHED = "detached"
+KNOWN_FEATURES: frozenset[str] = frozenset({DETACHED})
 
 Identity = Mapping[str, str | int | None]
 
@@ -43,13 +45,15 @@ class Superblock:
     layers: tuple[LayerRef, ...] = ()
     created_at: str = ""
     features: tuple[str, ...] = ()
+    detached_to: str | None = None
 
     def to_json(self) -> bytes:
         """Return the file's content."""
-        content = {
+        features = set(self.features) - {DETACHED}
+        content: dict[str, object] = {
             "magic": MAGIC,
             "format_version": FORMAT_VERSION,
-            "features": list(self.features),
+            "features": sorted(features if self.detached_to is None else features | {DETACHED}),
             "uuid": str(self.uuid),
             "block_size": BLOCK_BYTES,
             "system_identifier": (
@@ -59,6 +63,8 @@ class Superblock:
             "layers": [{"uuid": str(layer.uuid), "path": layer.path} for layer in self.layers],
             "created_at": self.created_at,
         }
+        if self.detached_to is not None:
+            content["detached_to"] = self.detached_to
         return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
     def write(self, diff: Path, *, label: str = "superblock") -> None:
@@ -121,6 +127,7 @@ def parse_superblock(data: bytes, diff: Path) -> Superblock:
             ),
             created_at=str(content["created_at"]),
             features=tuple(_strings(content["features"])),
+            detached_to=content.get("detached_to"),
         )
     except (ValueError, KeyError, TypeError, AttributeError, FormatError) as error:
         raise DiffError(

@@ -16,6 +16,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from pbkfs import _native
@@ -23,6 +24,7 @@ from pbkfs.backup.base import Base
 from pbkfs.overlay import journal as records
 from pbkfs.overlay.attributes import Attributes, Change, check_owner, new_owner, touch
 from pbkfs.overlay.contents import Contents
+from pbkfs.overlay.detachment import Detachment
 from pbkfs.overlay.diff import Diff, check_layers
 from pbkfs.overlay.hydration import Hydration
 from pbkfs.overlay.inode import Attr, Directory, File, Inode, SymbolicLink
@@ -358,6 +360,13 @@ class Tree:
         for inode in apply_wal_out(self._namespace):
             self._name_lost(inode)
         touch(self._namespace.root)
+
+    def link_out(self, target: Path) -> None:
+        """Make the empty directory ``target`` this tree in plain files, linked to the objects.
+
+        All has to be hydrated. Nothing is durable on return. Raises OSError.
+        """
+        Detachment(self._stack, self._namespace, self._attributes, target).run()
 
     def counters(self) -> dict[str, int]:
         """Return what this half counts; the native half has its own counters."""
