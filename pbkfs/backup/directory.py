@@ -108,6 +108,7 @@ class DirectoryBase(Base):
             self._root_fd = self._open_root(path)
             self._roots[b""] = self._root_fd
             self._check_server()
+            self._check_store()
             self.pg_major = self._read_major()
             label = _read_small(self._root_fd, BACKUP_LABEL)
             if label is not None and _INCREMENTAL.search(label):
@@ -160,6 +161,15 @@ class DirectoryBase(Base):
             raise NotFoundError(f"the base {path} does not exist", hint=_NO_PGDATA_HINT) from error
         except NotADirectoryError as error:
             raise NotFoundError(f"the base {path} is not a directory") from error
+
+    def _check_store(self) -> None:
+        """Refuse the files of a pg_probackup backup: they look like a PGDATA, but hold records."""
+        control = self._path.parent / "backup.control"
+        if self._path.name == "database" and control.is_file():
+            raise UnsupportedError(
+                f"{self._path} is what pg_probackup stores of a backup, not a data directory",
+                hint=f"Mount it from its store: -B STORE -I INSTANCE -i {self._path.parent.name}.",
+            )
 
     def _read_major(self) -> int:
         data = _read_small(self._root_fd, PG_VERSION)

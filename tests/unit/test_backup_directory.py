@@ -41,6 +41,19 @@ def content(base: Base, path: str) -> bytes:
     return read_sources(base.sources(path.encode()), entries(base, directory)[name].size)
 
 
+def test_files_of_a_probackup_store_are_refused(pgdata: Path, tmp_path: Path) -> None:
+    """Its files begin with a PG_VERSION too, and would be shown with a header before each page."""
+    backup = tmp_path / "store/backups/main/SBOL94"
+    backup.mkdir(parents=True)
+    pgdata = pgdata.rename(backup / "database")
+    open_directory(pgdata).close()
+    (backup / "backup.control").touch()
+    with pytest.raises(UnsupportedError, match="pg_probackup") as caught:
+        open_directory(pgdata)
+    assert caught.value.hint is not None
+    assert "SBOL94" in caught.value.hint
+
+
 @pytest.fixture
 def opened(pgdata: Path) -> Iterator[Base]:
     base = open_directory(pgdata)
