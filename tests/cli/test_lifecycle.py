@@ -237,7 +237,9 @@ def test_sigterm_unmounts_unless_busy(at: Place) -> None:
             at, rf"not unmounted: mount point {at.mnt} is busy: in use by pid {os.getpid()}"
         )
         assert worker.is_alive()
-    os.kill(worker.pid, signal.SIGHUP)
+    for harmless in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+        os.kill(worker.pid, harmless)
+        wait_for_log(at, f"got {harmless.name}, which does nothing")
     pidfd = os.pidfd_open(worker.pid)
     os.kill(worker.pid, signal.SIGTERM)
     assert select.select([pidfd], [], [], 30)[0]
