@@ -7,13 +7,17 @@ serves, on the thread that owns the tree.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pbkfs import durable
 from pbkfs.backup.base import Base, WalSeed
+from pbkfs.errors import FormatError
 from pbkfs.overlay.tree import Attr, Tree
 
 NAME = b"pg_wal"
@@ -26,7 +30,7 @@ def move_out(tree: Tree, base: Base, diff: Path, owner: tuple[int, int]) -> int 
     Does nothing where ``pg_wal`` is missing (a base without files) or no directory any more.
     A crash before the journal's WAL_OUT record is durable leaves the tree's own directory in
     force, so the next mount begins again. Returns the number of files copied, or None if there
-    was nothing to do. Raises OSError.
+    was nothing to do. Raises FormatError naming a file that the base can't give, OSError.
     """
     try:
         entry = tree.lookup(Tree.ROOT, NAME)
@@ -41,7 +45,7 @@ def move_out(tree: Tree, base: Base, diff: Path, owner: tuple[int, int]) -> int 
                 leftover.unlink()
             elif leftover.exists():
                 shutil.rmtree(leftover)
-        n_files = _copy_directory(tree, entry, new, owner)
+        n_files = _copy_directory(tree, base, entry, new, owner)
         for seed in base.wal_seed():
             n_files += _copy_seed(seed, new, owner)
         for directory, _, _ in os.walk(new):
@@ -56,7 +60,9 @@ def move_out(tree: Tree, base: Base, diff: Path, owner: tuple[int, int]) -> int 
         tree.forget(entry.ino, 1)
 
 
-def _copy_directory(tree: Tree, entry: Attr, target: Path, owner: tuple[int, int]) -> int:
+def _copy_directory(
+    tree: Tree, base: Base, entry: Attr, target: Path, owner: tuple[int, int]
+) -> int:
     os.mkdir(target, 0o700)
     n_files = 0
     names = [name for name, _, _ in tree.readdir(entry.ino, 0) if name not in (b".", b"..")]
@@ -65,9 +71,10 @@ def _copy_directory(tree: Tree, entry: Attr, target: Path, owner: tuple[int, int
         path = target / os.fsdecode(name)
         try:
             if stat.S_ISDIR(child.mode):
-                n_files += _copy_directory(tree, child, path, owner)
+                n_files += _copy_directory(tree, base, child, path, owner)
             elif stat.S_ISREG(child.mode):
-                _copy_file(tree, child, path, owner)
+                with _unreadable_named(tree, base, child.ino, name):
+                    _copy_file(tree, child, path, owner)
                 n_files += 1
             else:
                 os.symlink(tree.readlink(child.ino), os.fsencode(path))
@@ -76,6 +83,22 @@ def _copy_directory(tree: Tree, entry: Attr, target: Path, owner: tuple[int, int
             tree.forget(child.ino, 1)
     _give(target, owner)
     return n_files
+
+
+@contextmanager
+def _unreadable_named(tree: Tree, base: Base, ino: int, name: bytes) -> Iterator[None]:
+    """Tell a file that can't be read from a place that can't be written to."""
+    before = tree.nodes.counters()["read_errors"]
+    try:
+        yield
+    except OSError as error:
+        is_read = tree.nodes.has(ino) and tree.nodes.counters()["read_errors"] == before
+        if error.errno != errno.EIO or is_read:
+            raise
+        raise FormatError(
+            f"WAL file {os.fsdecode(name)} of {base.describe()} is listed but cannot be read",
+            hint="It is missing, short or damaged, and recovery may need it: take another backup.",
+        ) from error
 
 
 def _copy_file(tree: Tree, entry: Attr, path: Path, owner: tuple[int, int]) -> None:

@@ -16,6 +16,7 @@ from pbkfs import durable
 from pbkfs.backup.base import Base, WalSeed
 from pbkfs.backup.directory import open_directory
 from pbkfs.backup.empty import EmptyBase
+from pbkfs.errors import FormatError
 from pbkfs.mount import wal
 from pbkfs.overlay.diff import Diff
 from pbkfs.overlay.tree import Tree
@@ -98,6 +99,26 @@ def test_what_initdb_made_inside_moves_too(tmp_path: Path) -> None:
         assert (diff / "pg_wal" / "segment").read_bytes() == SEGMENT
     with opened(base, diff):
         assert not any(files for _, _, files in os.walk(diff / "objects"))
+
+
+@pytest.mark.expect_log("no file 'pg_wal/")
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_segment_that_cannot_be_read_is_named(
+    base_dir: Path, tmp_path: Path, is_missing: bool
+) -> None:
+    base, diff = open_directory(base_dir), tmp_path / "diff"
+    with opened(base, diff) as tree:
+        entry = tree.lookup(Tree.ROOT, b"pg_wal")
+        sizes = {name: attr.size for name, attr, _ in tree.readdir(entry.ino, 0)}
+        assert sizes[NAMES[1].encode()] == len(SEGMENT)
+        if is_missing:
+            (base_dir / "pg_wal" / NAMES[1]).unlink()
+        else:
+            os.truncate(base_dir / "pg_wal" / NAMES[1], 100)
+        with pytest.raises(FormatError, match=f"{NAMES[1]} of .* cannot be read"):
+            wal.move_out(tree, base, diff, ME)
+        assert not (diff / "pg_wal").exists()
+    base.close()
 
 
 class SeededBase(EmptyBase):
