@@ -306,6 +306,7 @@ struct shared {
     /* What the two writers of node 1 wrote last: halves by the one, whole pages by the other. */
     uint32_t lower[N_BLOCKS];
     uint32_t upper[N_BLOCKS];
+    uint64_t cut_at; /* one thread's, read when it has ended */
 };
 
 static void fill_half(uint8_t *half, uint32_t stamp)
@@ -459,6 +460,33 @@ static void *disturb(void *arg)
     return NULL;
 }
 
+/* Brings up what is missing of a node and records it; returns whether the node is whole then. */
+static bool hydrate(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t piece)
+{
+    for (uint64_t at = 0; at != UINT64_MAX;)
+        CHECK(pbk_node_hydrate(node, ctx, at, piece, &at) >= 0);
+    int r = pbk_node_hydrate_sync(node);
+    CHECK(r == 0 || r == 1);
+    return r == 1;
+}
+
+static void *hydrate_all(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    CHECK(ctx != NULL);
+    for (uint64_t ino = 1; ino <= N_NODES; ino++) {
+        struct pbk_node *node = get(s, ino);
+        struct pbk_block_counts counts;
+        hydrate(node, ctx, 3 * PBK_BLCKSZ);
+        pbk_node_count_blocks(node, &counts);
+        CHECK(counts.n_changed <= counts.n_present && counts.n_present <= counts.n_blocks);
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    return NULL;
+}
+
 static void make_store(uint8_t **stream, size_t *n)
 {
     uint8_t page[PBK_BLCKSZ];
@@ -482,8 +510,8 @@ static void test_threads(void)
     struct shared s = {0};
     uint8_t *stream;
     size_t n;
-    pthread_t threads[5];
-    void *(*const mains[5])(void *) = {write_halves, write_upper_halves, read_all, read_all, disturb};
+    pthread_t threads[6];
+    void *(*const mains[6])(void *) = {write_halves, write_upper_halves, read_all, read_all, disturb, hydrate_all};
     uint8_t header[PBK_JOURNAL_HEADER] = "PBKFSJNL\1";
 
     make_store(&stream, &n);
@@ -517,9 +545,9 @@ static void test_threads(void)
         pbk_node_put(node);
     }
     atomic_store(&s.n_running, 2);
-    for (unsigned i = 0; i < 5; i++)
+    for (unsigned i = 0; i < 6; i++)
         CHECK(pthread_create(&threads[i], NULL, mains[i], &s) == 0);
-    for (unsigned i = 0; i < 5; i++)
+    for (unsigned i = 0; i < 6; i++)
         pthread_join(threads[i], NULL);
 
     struct pbk_node *node = get(&s, 1);
@@ -638,6 +666,101 @@ static void test_whole_against_half(void)
     close(root);
 }
 
+/* Cuts node 2 shorter and shorter, and lets it grow again each time. */
+static void *cut_and_grow(void *arg)
+{
+    struct shared *s = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(64 << 10);
+    uint64_t full = (uint64_t)N_BLOCKS * PBK_BLCKSZ;
+    CHECK(ctx != NULL);
+    for (uint64_t size = full - 100; size > full / 2; size -= 3 * PBK_BLCKSZ + 100) {
+        struct pbk_node *node = get(s, 2);
+        CHECK(pbk_node_truncate(node, ctx, size) == 0);
+        CHECK(pbk_node_truncate(node, ctx, full) == 0);
+        s->cut_at = size;
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    return NULL;
+}
+
+/* Whatever the order: what was written stays, what was cut off stays away, and all else is as it was below. */
+static void check_hydrated(struct shared *s, struct pbk_ctx *ctx)
+{
+    struct pbk_block_counts counts;
+    for (uint64_t ino = 1; ino <= 2; ino++) {
+        struct pbk_node *node = get(s, ino);
+        CHECK(hydrate(node, ctx, 1 << 20));
+        pbk_node_count_blocks(node, &counts);
+        CHECK(counts.is_whole && counts.n_present == counts.n_blocks);
+        CHECK(ino == 2 ? counts.n_blocks == (s->cut_at + PBK_BLCKSZ - 1) / PBK_BLCKSZ : counts.n_changed == N_BLOCKS);
+        for (uint32_t b = 0; b < N_BLOCKS; b++) {
+            struct iovec iov[2];
+            int n_iov;
+            uint8_t page[PBK_BLCKSZ];
+            fill_half(page, ino == 1 ? 2 : BASE_STAMP + b);
+            fill_half(page + HALF, BASE_STAMP + b);
+            uint64_t at = (uint64_t)b * PBK_BLCKSZ;
+            if (ino == 2 && at + PBK_BLCKSZ > s->cut_at) {
+                size_t keep = at < s->cut_at ? (size_t)(s->cut_at - at) : 0;
+                memset(page + keep, 0, sizeof(page) - keep);
+            }
+            CHECK(pbk_node_read(node, ctx, at, PBK_BLCKSZ, iov, 2, &n_iov) == PBK_BLCKSZ);
+            CHECK(memcmp(iov[1].iov_base, page, sizeof(page)) == 0);
+        }
+        pbk_node_put(node);
+    }
+}
+
+static void test_hydration(void)
+{
+    uint8_t *stream;
+    size_t n;
+    make_store(&stream, &n);
+    close(make_file("data", stream, n));
+    free(stream);
+    int root = open_directory();
+    int objects = openat(root, "objects", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    uint8_t header[PBK_JOURNAL_HEADER] = "PBKFSJNL\1";
+    for (unsigned round = 0; round < 6; round++) {
+        int journal_fd = make_file("journal", header, sizeof(header));
+        struct shared s = {.journal = pbk_journal_new(journal_fd, sizeof(header))};
+        s.nodes = pbk_nodes_new(s.journal, objects, -1, 1 << 20);
+        struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+        CHECK(s.journal != NULL && s.nodes != NULL && ctx != NULL);
+        for (uint64_t ino = 1; ino <= N_NODES; ino++) {
+            struct pbk_source_spec spec = {.kind = PBK_SOURCE_PAGES,
+                                           .dir_fd = root,
+                                           .path = "data",
+                                           .label = "FULL",
+                                           .size = n,
+                                           .limit = PBK_NO_LIMIT,
+                                           .compress = PBK_COMPRESS_ZLIB};
+            uint64_t size = (uint64_t)N_BLOCKS * PBK_BLCKSZ;
+            CHECK(pbk_nodes_add(s.nodes, ino, size, &spec, 1) == 0);
+            struct pbk_attach attach = {
+                .object = 2000000 + round * 256 + ino, .limit = PBK_NO_LIMIT, .is_mapped = true, .is_fresh = true};
+            make_object(attach.object, size);
+            struct pbk_node *node = get(&s, ino);
+            CHECK(pbk_node_attach(node, ctx, &attach) == 0);
+            pbk_node_put(node);
+        }
+        pthread_t threads[4];
+        void *(*const mains[4])(void *) = {hydrate_all, hydrate_all, write_some_halves, cut_and_grow};
+        for (unsigned i = 0; i < 4; i++)
+            CHECK(pthread_create(&threads[i], NULL, mains[i], &s) == 0);
+        for (unsigned i = 0; i < 4; i++)
+            pthread_join(threads[i], NULL);
+        check_hydrated(&s, ctx);
+        pbk_ctx_free(ctx);
+        pbk_nodes_free(s.nodes);
+        pbk_journal_free(s.journal);
+        close(journal_fd);
+    }
+    close(objects);
+    close(root);
+}
+
 int main(void)
 {
     const char *tmp = getenv("TMPDIR");
@@ -653,5 +776,6 @@ int main(void)
     test_journal_damage();
     test_threads();
     test_whole_against_half();
+    test_hydration();
     return 0;
 }

@@ -31,6 +31,8 @@ class Detachment:
         self._namespace = namespace
         self._attributes = attributes
         self._target = os.fsencode(target)
+        # Symbolic links may have several names too.
+        self._links: dict[int, bytes] = {}
 
     def run(self) -> None:
         """Link everything. Every file must be whole in the diff already. Raises OSError."""
@@ -60,7 +62,10 @@ class Detachment:
                 src_dir_fd=self._objects.fd,
                 follow_symlinks=False,
             )
+        elif inode.ino in self._links:
+            os.link(self._links[inode.ino], path, follow_symlinks=False)
         else:
+            self._links[inode.ino] = path
             attr = self._attributes.read(inode)
             os.symlink(self._attributes.target(inode), path)
             os.lchown(path, attr.uid, attr.gid)
