@@ -28,7 +28,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
-from pbkfs.overlay import contents
+from pbkfs.overlay import contents, hydration
+from pbkfs.overlay.hydration import Step
 
 MAX_LAYERS = 2
 
@@ -54,6 +55,8 @@ class TreeMachine(FileMachine):
 
     def reopened(self) -> None:
         self.driver = self.trees.driver
+        self.is_hydrating = False
+        self.step: Step | None = None
 
     def compare(self) -> None:
         if self.trees.is_open:  # else a restart has failed, which is reported already
@@ -132,6 +135,56 @@ class TreeMachine(FileMachine):
     @rule()
     def drop_indexes(self) -> None:
         self.trees.tree.nodes.drop_indexes()
+
+    @rule()
+    def hydrate(self) -> None:
+        """Look (again) at what there is to hydrate."""
+        for _ in self.trees.tree.hydration.survey():
+            pass
+        self.is_hydrating = True
+
+    @precondition(lambda self: self.is_hydrating and self.step is None)
+    @rule(max_bytes=st.sampled_from([1, 3 * PAGE, 1 << 20]))
+    def hydrate_more(self, max_bytes: int) -> None:
+        """Move bytes, as a thread would beside the changes that come before the step's end."""
+        self.step = self.trees.tree.hydration.next_step(max_bytes)
+        if self.step is not None:
+            self.step.run()
+
+    @precondition(lambda self: self.step is not None)
+    @rule()
+    def hydrated_more(self) -> None:
+        assert self.step is not None
+        self.trees.tree.hydration.finish(self.step)
+        self.step = None
+        assert not self.trees.tree.hydration.failed
+
+    @precondition(lambda self: self.step is None)
+    @rule()
+    def detach(self) -> None:
+        """Hydrate all; linked out, the files are what the tree shows."""
+        self.hydrate()
+        hydration = self.trees.tree.hydration
+        while (step := hydration.next_step(1 << 20)) is not None:
+            step.run()
+            hydration.finish(step)
+        assert not hydration.failed
+        self.hydrate()
+        assert (hydration.n_files_done, hydration.n_bytes_done) == (
+            hydration.n_files,
+            hydration.n_bytes,
+        )
+        target = self.place / "detached"
+        target.mkdir()
+        self.trees.tree.link_out(target)
+        expected = take_snapshot(self.oracle)
+        # One name more: the object's.
+        found = {
+            path: replace(entry, nlink=entry.nlink - (entry.kind == "file"))
+            for path, entry in take_snapshot(OsDriver(target)).items()
+        }
+        assert found == expected, describe_difference(expected, found)
+        shutil.rmtree(target)
 
     @rule()
     def remount(self) -> None:
@@ -241,6 +294,7 @@ class TestTree(TreeMachine.TestCase):  # type: ignore[misc]
     @pytest.fixture(autouse=True)
     def _small_files_are_mapped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(contents, "MAX_WHOLE_BYTES", 4 * PAGE)
+        monkeypatch.setattr(hydration, "MAX_SMALL_BYTES", PAGE)
 
 
 def test_oracle_counts_directories() -> None:
