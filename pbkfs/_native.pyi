@@ -53,6 +53,13 @@ def scan_journal(
     is a changed one. Raises OSError(EIO) for what can't be a journal.
     """
 
+def arm_steps(log: str, die_at: str, n: int, /) -> None:
+    """For tests: from now on each labelled step is a line in the file ``log``, and the process
+    ends without a trace at the ``n``-th one (from 1) with the label ``die_at``."""
+
+def step(label: str, /) -> None:
+    """A labelled step of a caller in Python, like those of this module's own."""
+
 @final
 class Journal:
     """Appends checksummed frames to ``fd`` at ``end``.

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import subprocess
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import psycopg
 from fix_mounts import Mount, Mounts, run_pbkfs
+from fix_postgres import is_running, kill_servers
 from iotrace import Event, Recorder
 from ledger import Ledger
+from machine import TESTS
 from power_cut import Disk, boot_anew
 from servers import MountedServer
+
+from pbkfs.mount import lock
 
 # Marks in the trace.
 ACKNOWLEDGED, READY, LOADED = "a", "r", "l"
@@ -144,3 +155,177 @@ def check_sums(server: MountedServer) -> None:
     )  # fmt: skip
     assert accounts == tellers
     assert tellers == history
+
+
+# --- labelled steps -------------------------------------------------------------------------------
+
+_NO_LABEL = "-"
+
+
+@dataclass
+class LabelledRuns:
+    """Mounts whose worker dies at a labelled step, and what is left then."""
+
+    mounts: Mounts
+    basebackup: Path
+    bindir: Path
+    log: Path
+
+    def mount(self, mount: Mount, label: str, n: int) -> bool:
+        """Mount, to die at the ``n``-th ``label``; returns whether the mount is up before that."""
+        done = subprocess.run(
+            [
+                sys.executable, TESTS / "labelled.py", self.log, label, str(n),
+                "mount", *mount.args, "-D", mount.pgdata, "-d", mount.diff,
+                "--owner", mount.owner, "--wait",
+            ],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        mount.is_mounted = done.returncode == 0
+        if done.returncode != 0:
+            assert label != _NO_LABEL, done.stderr
+        return mount.is_mounted
+
+    def labels(self) -> tuple[Counter[str], Counter[str]]:
+        """Return how often each label was reached on a new diff, and on one after a crash."""
+        found = []
+        for is_first in (True, False):
+            mount, ledger = self._prepare(is_first=is_first)
+            self.log.unlink(missing_ok=True)
+            self.mount(mount, _NO_LABEL, 1)
+            self._load(mount, ledger)
+            found.append(Counter(self.log.read_text().split()))
+            self._end(mount)
+            self.mounts.discard(mount)
+        return found[0], found[1]
+
+    def _prepare(self, *, is_first: bool) -> tuple[Mount, Ledger]:
+        """Return a mount of a new diff, or of one whose worker was killed, to be mounted."""
+        mount, ledger = self.mounts.prepare("--base", self.basebackup), Ledger()
+        if not is_first:
+            self.mount(mount, _NO_LABEL, 1)
+            self._load(mount, ledger, n_commits=30)
+            self._end(mount)
+        return mount, ledger
+
+    def check(self, label: str, n: int, *, is_first: bool) -> bool:
+        """Die at a label; what is left must be a sound cluster. Returns whether it was reached."""
+        mount, ledger = self._prepare(is_first=is_first)
+        self.log.unlink(missing_ok=True)
+        if self.mount(mount, label, n):
+            self._load(mount, ledger)
+            self._end(mount)
+        is_reached = self.log.read_text().split().count(label) >= n
+        if (mount.diff / "binding.json").exists():
+            run_pbkfs("check", "-d", mount.diff)
+        mount.mount()
+        server = MountedServer(mount, self.bindir)
+        server.start()
+        if server.sql("select to_regclass('ledger') is not null") == "t":
+            ledger.check(server.uri)
+        else:
+            assert ledger.acknowledged == 0
+        server.check_cluster()
+        check_sums(server)
+        server.stop()
+        mount.unmount()
+        run_pbkfs("check", "-d", mount.diff)
+        self.mounts.discard(mount)
+        return is_reached
+
+    def _load(self, mount: Mount, ledger: Ledger, *, n_commits: int | None = None) -> None:
+        """Run a server until its worker is dead, or the load is done.
+
+        ``n_commits``: kill the worker after as many commits of the ledger.
+        """
+        worker = find_worker(mount)
+        if worker is None:
+            return
+        server = MountedServer(mount, self.bindir)
+        started = run_server(server)
+        if started and ledger.acknowledged == 0:
+            try:
+                ledger.create(server.uri)
+            except psycopg.Error:
+                started = False
+        if started:
+            ledger.begin(server.uri)
+            loads = [
+                server.begin("pgbench", "-n", "-c", "3", "-t", "60"),
+                server.begin("psql", "-XAtq", *sql_arguments(len(self.mounts.made))),
+            ]
+            while is_running(worker.pid) and any(load.poll() is None for load in loads):
+                psutil.wait_procs([worker], timeout=0.1)
+                if n_commits is not None and ledger.acknowledged >= n_commits:
+                    worker.kill()
+            if is_running(worker.pid):
+                # Its end has labels too.
+                ledger.end()
+                run_pbkfs("stop", "-D", mount.pgdata, check=False)
+                run_pbkfs("unmount", "-D", mount.pgdata, check=False)
+                mount.is_mounted = os.path.ismount(mount.pgdata)
+            for load in loads:
+                load.kill()
+                load.wait(30)
+        elif is_running(worker.pid):
+            worker.kill()
+        gone, _ = psutil.wait_procs([worker], timeout=30)
+        assert gone
+        kill_servers(mount.pgdata)
+        ledger.end()
+
+    def _end(self, mount: Mount) -> None:
+        if mount.is_mounted or is_dead_mount(mount.pgdata):
+            mount.unmount("--force")
+        mount.is_mounted = False
+
+
+def find_worker(mount: Mount) -> psutil.Process | None:
+    """Return the worker on record, if it lives."""
+    owner = lock.read_owner(mount.diff)
+    assert owner is not None
+    try:
+        return psutil.Process(owner.pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def run_server(server: MountedServer) -> bool:
+    """Start a server whose worker may die meanwhile; returns whether it is up."""
+    try:
+        server.start("-c", "max_wal_size=8MB")
+    except AssertionError:
+        return False
+    return True
+
+
+def is_dead_mount(path: Path) -> bool:
+    """Whether there is a mount whose worker is gone."""
+    try:
+        os.listdir(path)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+def sql_arguments(number: int) -> list[str]:
+    """What makes, cuts and removes files, as arguments of psql."""
+    table = f"u{number}"
+    statements = [
+        f"create table {table} as select n, repeat('x', 300) s from generate_series(1, 2000) n",
+        f"create index on {table} (n)",
+        f"delete from {table} where n > 200",
+        f"vacuum {table}",
+        "vacuum pgbench_history",
+        "checkpoint",
+        "reindex table pgbench_tellers",
+        "checkpoint",
+        f"truncate {table}",
+        f"drop table {table}",
+        "alter system set work_mem = '5MB'",
+        "create database d template template0",
+        "checkpoint",
+        "drop database d",
+        "select pg_switch_wal()",
+    ]
+    return [word for each in statements for word in ("-c", each)]

@@ -27,7 +27,7 @@ class Ledger:
     def create(self, uri: str) -> None:
         """Make the table."""
         with psycopg.connect(uri, autocommit=True) as connection:
-            connection.execute("create table ledger (id bigint primary key)")
+            connection.execute("create table if not exists ledger (id bigint primary key)")
 
     def begin(self, uri: str) -> None:
         """Start committing through ``uri``, after the last number that was acknowledged."""

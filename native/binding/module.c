@@ -8,6 +8,7 @@
 #include "pbk/journal.h"
 #include "pbk/pagestream.h"
 #include "pbk/pglz.h"
+#include "pbk/step.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -225,6 +226,30 @@ out:
     return result;
 }
 
+/* ---- steps ---- */
+
+static PyObject *binding_arm_steps(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    static PyObject *kept; /* the strings, for good */
+    const char *log;
+    const char *die_at;
+    unsigned n;
+    if (!PyArg_ParseTuple(args, "ssI:arm_steps", &log, &die_at, &n))
+        return NULL;
+    Py_XSETREF(kept, Py_NewRef(args));
+    pbk_steps_arm(log, die_at, n);
+    Py_RETURN_NONE;
+}
+
+static PyObject *binding_step(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    const char *label;
+    if (!PyArg_ParseTuple(args, "s:step", &label))
+        return NULL;
+    pbk_step(label);
+    Py_RETURN_NONE;
+}
+
 /* ---- the module ---- */
 
 static PyMethodDef functions[] = {
@@ -234,6 +259,9 @@ static PyMethodDef functions[] = {
      "Walk the records of a stored data file: (pages, highest block + 1, truncation marker or None)."},
     {"scan_journal", binding_scan_journal, METH_VARARGS,
      "Read a journal: (valid length, payloads of name records, object id -> (changed, limit, whole, hydrated))."},
+    {"arm_steps", binding_arm_steps, METH_VARARGS,
+     "For tests: log all labelled steps and die at the n-th of one label."},
+    {"step", binding_step, METH_VARARGS, "A labelled step of a caller in Python."},
     {NULL, NULL, 0, NULL},
 };
 

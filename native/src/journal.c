@@ -10,6 +10,7 @@
 #include "pbk/bytes.h"
 #include "pbk/crc32c.h"
 #include "pbk/io.h"
+#include "pbk/step.h"
 
 /* Frames of page records stay well below the limit of the format, so that a scan never needs a large buffer for them. */
 #define RANGES_PER_FRAME 65536u
@@ -53,6 +54,19 @@ void pbk_journal_free(struct pbk_journal *journal)
     free(journal);
 }
 
+static const char *step_of(uint8_t type)
+{
+    static const char *const labels[] = {
+        [PBK_RECORD_BOOT] = "journal:boot",
+        [PBK_RECORD_PAGES] = "journal:pages",
+        [PBK_RECORD_PAGES_LIVE] = "journal:pages_live",
+        [PBK_RECORD_LIMIT] = "journal:limit",
+        [PBK_RECORD_WHOLE] = "journal:whole",
+        [PBK_RECORD_HYDRATED] = "journal:hydrated",
+    };
+    return type < sizeof(labels) / sizeof(labels[0]) && labels[type] != NULL ? labels[type] : "journal:name";
+}
+
 int pbk_journal_append(struct pbk_journal *journal, const void *payload, size_t n, uint64_t *end)
 {
     uint8_t head[8];
@@ -68,6 +82,7 @@ int pbk_journal_append(struct pbk_journal *journal, const void *payload, size_t 
     pthread_mutex_lock(&journal->lock);
     int err = journal->failed;
     if (err == 0) {
+        pbk_step(step_of(*(const uint8_t *)payload));
         err = pbk_pwritev_full(journal->fd, iov, 2, journal->end);
         if (err == 0)
             journal->end += sizeof(head) + n;
@@ -137,7 +152,9 @@ int pbk_journal_sync_to(struct pbk_journal *journal, uint64_t upto)
         uint64_t end = journal->end;
         journal->is_syncing = true;
         pthread_mutex_unlock(&journal->lock);
+        pbk_step("journal:fdatasync");
         int err = pbk_fdatasync(journal->fd);
+        pbk_step("journal:synced");
         pthread_mutex_lock(&journal->lock);
         journal->is_syncing = false;
         if (err == 0)

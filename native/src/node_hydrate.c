@@ -15,6 +15,7 @@
 
 #include "node_private.h"
 #include "pbk/io.h"
+#include "pbk/step.h"
 
 static bool is_missing(const struct pbk_object *object, uint64_t block)
 {
@@ -52,6 +53,7 @@ static int put_run(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_t 
         n++;
     }
     if (n > 0) {
+        pbk_step("object:hydrate");
         int err = pbk_pwritev_full(fd, iov, n, start);
         if (err)
             return err;

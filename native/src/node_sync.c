@@ -11,6 +11,7 @@
 
 #include "node_private.h"
 #include "pbk/io.h"
+#include "pbk/step.h"
 
 struct range_list {
     struct pbk_range *ranges;
@@ -83,6 +84,7 @@ static int sync_directory(struct pbk_node *node)
     int fd = openat(node->nodes->objects_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
         return -errno;
+    pbk_step("object:directory:fsync");
     int err = pbk_fsync(fd);
     close(fd);
     return err;
@@ -94,6 +96,7 @@ static int sync_data(struct pbk_node *node, bool datasync)
     int fd = pbk_file_acquire(&node->nodes->files, &object->file);
     if (fd < 0)
         return fd;
+    pbk_step("object:fsync");
     int err = datasync ? pbk_fdatasync(fd) : pbk_fsync(fd);
     pbk_file_release(&node->nodes->files, &object->file);
     if (err) {

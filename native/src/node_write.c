@@ -15,6 +15,7 @@
 
 #include "node_private.h"
 #include "pbk/io.h"
+#include "pbk/step.h"
 
 #define CHUNK_BYTES ((uint64_t)PBK_CHUNK_BLOCKS * PBK_BLCKSZ)
 
@@ -178,6 +179,7 @@ static int write_new(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint64_
         if (err)
             return err;
     }
+    pbk_step("object:write:first");
     err = pbk_pwritev_full(fd, iov, n, from);
     return err ? err : add_blocks(node, first, last);
 }
@@ -189,6 +191,7 @@ static int write_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint
     uint64_t limit = (uint64_t)object->limit * PBK_BLCKSZ;
 
     while (len > 0) {
+        pbk_step("object:write:mapped");
         if (off >= limit)
             return pbk_pwrite_full(fd, data, len, off);
         uint64_t end = min_u64(min_u64(off + len, (off / CHUNK_BYTES + 1) * CHUNK_BYTES), limit);
@@ -276,6 +279,8 @@ ssize_t pbk_node_write(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off,
         if (end > atomic_load(&node->size))
             err = node_settle(node);
         if (err == 0)
+            pbk_step("object:write");
+        if (err == 0)
             err = node->object->is_mapped ? write_mapped(node, ctx, fd, off, data, len)
                                           : pbk_pwrite_full(fd, data, len, off);
         if (err == 0)
@@ -301,6 +306,7 @@ static int keep_cut_block(struct pbk_node *node, struct pbk_ctx *ctx, int fd, ui
         return mark_hydrated(node, block, block);
     /* Whole as it is seen now, as the file is cut only afterwards. */
     int err = merge_page(node, ctx, block, block * PBK_BLCKSZ, zero_page, 0, ctx->merge[0], &iov);
+    pbk_step("object:truncate:merge");
     if (err == 0)
         err = pbk_pwritev_full(fd, &iov, 1, block * PBK_BLCKSZ);
     if (err == 0)
@@ -313,8 +319,10 @@ static int shrink_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uin
     struct pbk_object *object = node->object;
 
     int err = keep_cut_block(node, ctx, fd, size);
+    pbk_step("object:truncate");
     if (err == 0)
         err = pbk_ftruncate(fd, size);
+    pbk_step("object:truncated");
     if (err)
         return err;
     atomic_store(&node->size, size);
@@ -340,6 +348,7 @@ int node_truncate_locked(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t si
     } else {
         if (size > old)
             err = node_settle(node);
+        pbk_step("object:resize");
         if (err == 0)
             err = pbk_ftruncate(fd, size);
         if (err == 0)
@@ -380,6 +389,7 @@ static int punch_blocks(struct pbk_node *node, int fd, uint64_t start, uint64_t 
 {
     uint64_t stop = min_u64(end / PBK_BLCKSZ, node->object->limit);
     int err = mark_range(node, start / PBK_BLCKSZ, stop, true);
+    pbk_step("object:punch");
     if (err == 0)
         err = pbk_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start);
     return err ? err : mark_range(node, start / PBK_BLCKSZ, stop, false);
@@ -412,6 +422,7 @@ static int allocate(struct pbk_node *node, int fd, int mode, uint64_t off, uint6
     uint64_t size = atomic_load(&node->size);
     bool grows = !(mode & FALLOC_FL_KEEP_SIZE) && off + len > size;
     int err = grows ? node_settle(node) : 0;
+    pbk_step("object:allocate");
     if (err == 0)
         err = pbk_fallocate(fd, mode, off, len);
     if (err == 0 && grows)

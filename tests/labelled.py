@@ -1,0 +1,25 @@
+"""``pbkfs`` that logs the labels of its durable steps and dies at one of them.
+
+    python tests/labelled.py LOG LABEL N ARGUMENTS…
+
+runs ``pbkfs ARGUMENTS`` (``mount``) and ends that process, command or worker, at the N-th step with
+LABEL; with a label that does not exist it only logs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pbkfs import _native, durable
+from pbkfs.cli.main import main
+from pbkfs.overlay import diff
+
+if __name__ == "__main__":
+    log, label, n, *arguments = sys.argv[1:]
+    _native.arm_steps(log, label, int(n))
+    durable.on_step = _native.step
+    diff.COMPACTION_BYTES = 4096  # a short load's journal is small
+    main(arguments)
