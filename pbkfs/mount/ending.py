@@ -40,7 +40,7 @@ def unmount(
 
     Without ``force`` a mount in use is left as it is (BusyError). With it, a worker that does not
     end in ``kill_after_s`` is killed, and the mount detached. Raises NotRunningError,
-    TimedOutError (the unmount goes on), HostError.
+    TimedOutError (the unmount goes on), HostError (also where it is unmounted, but not durable).
     """
     target = find_target(mountpoint, diff)
     if target.entry is None and not target.has_worker():
@@ -57,6 +57,8 @@ def unmount(
     elif state == "unknown" and not force:
         _ask_unknown(target)
     _detach(target)
+    if state == "alive" and not force:
+        _check_end(target)
     return target
 
 
@@ -71,6 +73,17 @@ def _ask_worker(target: Target, owner: Owner, timeout_s: float | None) -> None:
             f"unmounting {owner.mountpoint} is still in progress (pid {owner.pid})",
             hint="It writes back what is not on disk yet; wait, or look into its log.",
         )
+
+
+def _check_end(target: Target) -> None:
+    """Raise HostError if the worker could not make everything durable before it ended."""
+    with contextlib.suppress(PermissionError):
+        if target.owner is not None and lock.read_owner(target.diff) == target.owner:
+            raise HostError(
+                f"{target.owner.mountpoint} is unmounted, but its last changes may not be on disk",
+                hint=f"See the end of {target.diff}/log/worker.log for why; after that is mended, "
+                "mount and unmount it again.",
+            )
 
 
 def _ask_unknown(target: Target) -> None:

@@ -206,6 +206,31 @@ def test_used_diff_on_a_full_disk(at: Place, full_disk: Path) -> None:
     run_pbkfs("unmount", "-D", at.mnt)
 
 
+def test_disk_is_full_at_the_end(at: Place, full_disk: Path, base: Path) -> None:
+    """Pages reached the objects, but there is no room to record them: that is no good end."""
+    at.diff = full_disk / "diff"
+    at.expected = ["no space left", "No space left"]
+    n_pages = 2000
+    os.truncate(base / "base/1/1259", n_pages * 8192)
+    (base / "pg_wal" / "000000010000000000000001").unlink()
+    subprocess.run(["mount", "-o", "remount,size=20m", full_disk], check=True)
+    at.mount("--base", base)
+    with (at.mnt / "base/1/1259").open("r+b", buffering=0) as file:
+        for block in range(0, n_pages, 2):
+            file.seek(block * 8192)
+            file.write(b"x" * 8192)
+    fill(full_disk / "filler2")
+    done = run_pbkfs("unmount", "-D", at.mnt, check=False)
+    assert done.returncode == errors.HostError.exit_code, done.stderr
+    assert "is unmounted, but its last changes may not be on disk" in done.stderr
+    assert not os.path.ismount(at.mnt)
+    (full_disk / "filler2").unlink()
+    at.mount("--reuse")
+    content = (at.mnt / "base/1/1259").read_bytes()
+    assert content[4 * 8192 :] == (b"x" * 8192 + bytes(8192)) * (n_pages // 2 - 2)
+    run_pbkfs("unmount", "-D", at.mnt)
+
+
 def fill(path: Path) -> None:
     """Take what a file system has left."""
     with path.open("wb", buffering=0) as file:
