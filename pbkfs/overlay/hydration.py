@@ -324,33 +324,36 @@ class Hydration:
             self._current = (step.ino, step.next_offset)
 
     def _finish_objects(self, step: MakeObjects) -> None:
-        objects = self._stack.live.objects
-        for item in step.items:
-            file = item.file
-            if not item.is_made:
-                if step.error is None:
-                    self._cold.appendleft(file.ino)
-                continue
-            is_wanted = (
-                file.ino in self._left
-                and self._file(file.ino) is file
-                and self._stack.live_piece(file) is None
-                and _attributes(file) == (item.attributes, item.times_ns)
-            )
-            if not is_wanted:
-                objects.remove(item.object_id)
-                self._cold.append(file.ino)
-                continue
-            self._contents.adopt(file, item.object_id, is_whole=step.is_filled)
-            if step.is_filled:
-                self._progress(file.ino, file.size)
-                self._done(file.ino)
-            else:
-                self._hot.appendleft(file.ino)
+        items = deque(item for item in step.items if item.is_made)
+        try:
+            while items:
+                self._take_object(items.popleft(), is_filled=step.is_filled)
+        finally:
+            for item in items:
+                self._stack.live.objects.remove(item.object_id)
         if step.error is not None:
             for item in step.items:
-                if not item.is_made and (file_or_none := self._file(item.file.ino)) is not None:
-                    self._fail(file_or_none, step.error)
+                if not item.is_made and (file := self._file(item.file.ino)) is not None:
+                    self._fail(file, step.error)
+
+    def _take_object(self, item: NewObject, *, is_filled: bool) -> None:
+        file = item.file
+        is_wanted = (
+            file.ino in self._left
+            and self._file(file.ino) is file
+            and self._stack.live_piece(file) is None
+            and _attributes(file) == (item.attributes, item.times_ns)
+        )
+        if not is_wanted:
+            self._stack.live.objects.remove(item.object_id)
+            self._cold.append(file.ino)
+            return
+        self._contents.adopt(file, item.object_id, is_whole=is_filled)
+        if is_filled:
+            self._progress(file.ino, file.size)
+            self._done(file.ino)
+        else:
+            self._hot.appendleft(file.ino)
 
     def sync(self) -> None:
         """Record what was brought up of the file in work. Raises OSError."""
