@@ -30,6 +30,7 @@ _TAIL_LINES = 20
 # is C for a server that pauses, because nothing but its log tells when it does.
 _PAUSED = ("pausing at the end of recovery", "recovery has paused")
 _TARGET_MISSED = "recovery ended before configured recovery target was reached"
+_TARGET_TOO_EARLY = "requested recovery stop point is before consistent recovery point"
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +269,11 @@ class Launch:
                 "The archive ends before the recovery target, or the target is before the end of "
                 "the backup. Start again with another target, or with --recovery-target latest "
                 f"to take all that there is. {hint}"
+            )
+        elif any(_TARGET_TOO_EARLY in line for line in lines):
+            hint = (
+                "The target is before the end of the backup: name a later one, or mount an older "
+                f"backup. {hint}"
             )
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         tail = "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])

@@ -103,6 +103,9 @@ def parse_target(
             return None
     kind, value = given[0]
     _check_value(kind, value)
+    if kind == "time" and value is not None:
+        # ISO 8601, as our own output has it. PostgreSQL knows no abbreviations of zones this early.
+        value = re.sub(r"(?<=\d)[Zz]$", "+00", value.strip())
     if timeline is not None and not re.fullmatch(r"current|latest|\d+|0[xX][0-9a-fA-F]+", timeline):
         raise UsageError(
             f"timeline {timeline!r} is not understood", hint="Write current, latest or a number."

@@ -318,7 +318,9 @@ def _check_settings(
             break
         seen |= refused
     if 'parameter "recovery_target' in said:
-        raise UsageError(said)
+        raise UsageError(
+            said, hint="Write a time like '2026-03-01 11:59:00+00' and an LSN like 0/16B3740."
+        )
     raise PostgresError(
         f"PostgreSQL {binaries.version} does not accept the settings of {cluster.data_dir}: {said}",
         hint="Correct the configuration files in PGDATA, or what was given with -c.",

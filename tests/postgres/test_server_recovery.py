@@ -162,6 +162,16 @@ def test_a_target_that_the_archive_does_not_reach(
     assert "archive ends before the recovery target" in hint
 
 
+def test_a_target_before_the_end_of_the_backup(
+    newest_archived: ArchivedSource, newest_bare: Cluster
+) -> None:
+    message, hint = newest_bare.fail_to_start(
+        10, "--recovery-target-lsn", "0/1", "--wal-archive", newest_archived.archive
+    )
+    assert "before consistent recovery point" in message
+    assert "mount an older backup" in hint
+
+
 def test_a_cluster_that_has_run_cannot_be_recovered_to_a_point(
     newest_archived: ArchivedSource, server_place: Path
 ) -> None:

@@ -269,6 +269,22 @@ def test_targets() -> None:
         target("latest", xid="1")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("2026-11-20T19:13:14Z", "2026-11-20T19:13:14+00"),
+        ("2026-11-20 19:13:14.5z", "2026-11-20 19:13:14.5+00"),
+        ("2026-11-20 19:13:14 UTC", "2026-11-20 19:13:14 UTC"),
+        ("2026-11-20 19:13:14 Europe/Zagreb", "2026-11-20 19:13:14 Europe/Zagreb"),
+    ],
+)
+def test_a_time_in_zulu_is_understood(given: str, meant: str) -> None:
+    values = {**NO_VALUES, "time": given}
+    found = parse_target(values, point=None, action=None, timeline=None, is_inclusive=None)
+    assert found is not None
+    assert found.value == meant
+
+
 def test_a_begun_recovery_is_remembered(pgdata: Path) -> None:
     cluster = open_cluster(pgdata)
     assert begun_recovery(cluster) is None
