@@ -280,3 +280,31 @@ def test_length_beyond_the_limit_ends_the_scan(fd: int) -> None:
 def test_boot_id_has_16_bytes(fd: int) -> None:
     with pytest.raises(ValueError, match="16 bytes"):
         _native.scan_journal(fd, b"short")
+
+
+def test_hydrated_blocks_are_told_from_changed_ones(fd: int) -> None:
+    """PAGES of any kind make a hydrated block a changed one; PAGES_LIVE does so after a reboot."""
+
+    def scan(*payloads: bytes, boot_id: bytes = BOOT_ID) -> tuple[set[int], set[int], int, bool]:
+        journal = _native.Journal(fd, len(JOURNAL_HEADER))
+        journal.append(b"\x01" + BOOT_ID)
+        for payload in payloads:
+            journal.append(payload)
+        os.ftruncate(fd, journal.end)
+        changed, limit, whole, hydrated = _native.scan_journal(fd, boot_id)[2][7]
+        return blocks_in(changed), blocks_in(hydrated), limit, whole
+
+    hydrated = pages_record(7, {1, 2, 3, 70}, kind=6)
+    live = pages_record(7, {3, 5}, kind=3)
+    limit = struct.pack("<BQI", 4, 7, 70)
+    whole = struct.pack("<BQ", 5, 7)
+    other = bytes(16)
+    assert scan(hydrated) == (set(), {1, 2, 3, 70}, NO_LIMIT, False)
+    assert scan(hydrated, pages_record(7, {2, 9})) == ({2, 9}, {1, 3, 70}, NO_LIMIT, False)
+    assert scan(pages_record(7, {2}), hydrated) == ({2}, {1, 3, 70}, NO_LIMIT, False)
+    # Of another boot: block 3 is in the object anyway, block 5 perhaps never got there.
+    assert scan(hydrated, live) == ({3, 5}, {1, 2, 70}, NO_LIMIT, False)
+    assert scan(hydrated, live, boot_id=other) == ({3}, {1, 2, 70}, NO_LIMIT, False)
+    assert scan(hydrated, live, whole, boot_id=other) == ({3, 5}, set(), NO_LIMIT, True)
+    assert scan(hydrated, limit) == (set(), {1, 2, 3}, 70, False)
+    assert scan(limit, hydrated) == (set(), {1, 2, 3}, 70, False)
