@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +61,37 @@ def own_mounts() -> list[str]:
 def mounts_of(pid: int) -> list[str]:
     """The start of a command that runs in the mount namespace of a process, below its root."""
     return ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root=/proc/{pid}/root", "--"]
+
+
+def open_to_everybody(place: Path) -> str:
+    """A shell script for a mount namespace of root's own, after which every user gets to
+    /dev/fuse, to this checkout and to its Python.
+
+    Whatever closed directory of root's lies on the way (a checkout or an environment in /root) is
+    covered by an open one that holds nothing but the way.
+    """
+    lines = [
+        f"test -e {place}/fuse || mknod -m 666 {place}/fuse c 10 229",
+        f"mount --bind {place}/fuse /dev/fuse",
+    ]
+    needed = [
+        path for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix)) if _first_closed(path)
+    ]
+    for number, path in enumerate(needed):
+        lines.append(f"mkdir -p {place}/way{number}; mount --rbind {path} {place}/way{number}")
+    for closed in {_first_closed(path) for path in needed}:
+        lines.append(f"mount -t tmpfs -o mode=755 none {closed}")
+    for number, path in enumerate(needed):
+        lines.append(f"mkdir -p {path}; mount --rbind {place}/way{number} {path}")
+    return "; ".join(lines)
+
+
+def _first_closed(path: Path) -> Path | None:
+    """The first directory on the way to ``path`` that others may not pass."""
+    for parent in reversed(path.parents):
+        if not parent.stat().st_mode & 0o001:
+            return parent
+    return None
 
 
 def fuse_obstacle() -> str | None:

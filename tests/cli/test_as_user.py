@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from fix_place import Place
-from machine import ROOT, mounts_of, own_mounts
+from machine import ROOT, mounts_of, open_to_everybody, own_mounts
 
 from pbkfs import errors
 
@@ -25,36 +25,6 @@ UID = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, as root only can")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def first_closed(path: Path) -> Path | None:
-    """Return the first directory on the way to ``path`` that others may not pass."""
-    for parent in reversed(path.parents):
-        if not parent.stat().st_mode & 0o001:
-            return parent
-    return None
-
-
-def namespace_script(place: Path) -> str:
-    """Return a shell script that opens /dev/fuse, and makes the program reachable for everybody.
-
-    Whatever closed directory of root's lies on the way to the checkout or to Python (a virtual
-    environment in /root) is covered by an open one that holds nothing but the way.
-    """
-    lines = [
-        f"mknod -m 666 {place}/fuse c 10 229",
-        f"mount --bind {place}/fuse /dev/fuse",
-    ]
-    needed = [
-        path for path in {ROOT, Path(sys.prefix), Path(sys.base_prefix)} if first_closed(path)
-    ]
-    for number, path in enumerate(needed):
-        lines.append(f"mkdir {place}/way{number}; mount --rbind {path} {place}/way{number}")
-    for closed in {first_closed(path) for path in needed}:
-        lines.append(f"mount -t tmpfs -o mode=755 none {closed}")
-    for number, path in enumerate(needed):
-        lines.append(f"mkdir -p {path}; mount --rbind {place}/way{number} {path}")
-    return "; ".join([*lines, "echo ready", "exec sleep 600"])
 
 
 class UserPlace(Place):
@@ -105,7 +75,9 @@ def found(program: str) -> str:
 def user_at(place: Path) -> Iterator[UserPlace]:
     """A place of the user nobody."""
     with subprocess.Popen(
-        [*own_mounts(), "sh", "-ec", namespace_script(place)], cwd="/", stdout=subprocess.PIPE
+        [*own_mounts(), "sh", "-ec", f"{open_to_everybody(place)}; echo ready; exec sleep 600"],
+        cwd="/",
+        stdout=subprocess.PIPE,
     ) as holder:
         assert holder.stdout is not None
         try:

@@ -69,7 +69,8 @@ def test_worker_is_a_daemon(at: Place) -> None:
 
 
 def test_started_with_closed_descriptors(at: Place) -> None:
-    command = f"{sys.executable} -m pbkfs mount --empty -D {at.mnt} -d {at.diff} <&- >&- 2>&-"
+    command = f"{sys.executable} -m pbkfs mount --empty -D {at.mnt} -d {at.diff}"
+    command += f" --owner {os.geteuid()} <&- >&- 2>&-"
     subprocess.run(["sh", "-c", command], check=True)
     proc = Path(f"/proc/{at.owner().pid}/fd")
     assert os.readlink(proc / "0") == "/dev/null"
@@ -465,6 +466,7 @@ def test_timeout_is_no_failure(at: Place) -> None:
 def test_interrupt_ends_the_wait_only(at: Place) -> None:
     held = Held(at)
     arguments = ["--empty", "-D", str(at.mnt), "-d", str(at.diff), "--pid-file", str(held.fifo)]
+    arguments += ["--owner", str(os.geteuid())]
     with subprocess.Popen(
         [sys.executable, "-m", "pbkfs", "mount", *arguments],
         stdout=subprocess.PIPE,

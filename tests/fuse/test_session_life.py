@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fuse.served import Served, is_mounted
-from machine import mounts_of, own_mounts
+from machine import mounts_of, open_to_everybody, own_mounts
 
 from pbkfs.errors import BusyError, HostError, NotRunningError
 from pbkfs.fuse import mounting
@@ -173,15 +173,9 @@ def test_write_back_and_read_ahead_are_set(serve: Serve) -> None:
 @pytest.fixture
 def as_user(place: Path) -> tuple[str, ...]:
     """A command's prefix: user 65534 in a mount namespace whose /dev/fuse everybody may open."""
-    device = place / "fuse"
-    os.mknod(device, 0o600 | 0o020000, os.makedev(10, 229))
-    os.chmod(device, 0o666)
     place.chmod(0o777)
-    script = (
-        f"mount --bind {device} /dev/fuse && "
-        'exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
-    )
-    return (*own_mounts(), "sh", "-c", script, "sh")
+    become = 'exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    return (*own_mounts(), "sh", "-ec", f"{open_to_everybody(place)}; {become}", "sh")
 
 
 def enter(served: Served, script: str) -> subprocess.Popen[str]:
