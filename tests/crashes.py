@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
@@ -25,21 +26,30 @@ from servers import MountedServer
 from pbkfs.mount import lock
 
 # Marks in the trace.
-ACKNOWLEDGED, READY, LOADED = "a", "r", "l"
+ACKNOWLEDGED, HINTING, HINTED, READY, LOADED = "a", "h", "i", "r", "l"
 
 
-def record_run(mounts: Mounts, basebackup: Path, bindir: Path, *, n_turns: int) -> list[Event]:
+def record_run(mounts: Mounts, stopped_cluster: Path, bindir: Path, *, n_turns: int) -> list[Event]:
     """Mount a new diff, run a load on it in ``n_turns``, end it; return all that was done."""
-    mount = mounts.prepare("--base", basebackup, name="recorded")
+    mount = mounts.prepare("--base", stopped_cluster, name="recorded")
     recorder = Recorder(mount.diff, mount.pgdata.parent)
     try:
         with recorder.recording():
             mount.mount()
+            # With checksums, WAL has an image of each page that gets hint bits.
+            subprocess.run(
+                [bindir / "pg_checksums", "--disable", "-D", mount.pgdata],
+                check=True, capture_output=True, **owner_identity(mount),
+            )  # fmt: skip
             server = MountedServer(mount, bindir)
             server.start("-c", "max_wal_size=8MB", "-c", "wal_writer_delay=20ms")
         ledger = Ledger(lambda number: recorder.mark(ACKNOWLEDGED, number))
         ledger.create(server.uri)
+        server.sql("checkpoint", "select count(*) from unhinted")
+        # Pages of the base are written for the first time, and no WAL could bring them back.
+        recorder.mark(HINTING)
         server.sql("checkpoint")
+        recorder.mark(HINTED)
         recorder.mark(READY)
         ledger.begin(server.uri)
         for turn in range(n_turns):
@@ -57,6 +67,14 @@ def record_run(mounts: Mounts, basebackup: Path, bindir: Path, *, n_turns: int) 
         mounts.discard(mount)
 
 
+def owner_identity(mount: Mount) -> dict[str, Any]:
+    """Arguments of subprocess that make a child run as the user of the server."""
+    if os.geteuid() != 0:
+        return {}
+    uid, gid = map(int, mount.owner.split(":"))
+    return {"user": uid, "group": gid, "extra_groups": []}
+
+
 def run_load(server: MountedServer, turn: int) -> None:
     """Small transactions, and beside them what makes, cuts and removes files."""
     load = server.begin("pgbench", "-n", "-c", "3", "-t", "40")
@@ -65,8 +83,6 @@ def run_load(server: MountedServer, turn: int) -> None:
         f"create table {table} as select n, repeat('x', 300) as s from generate_series(1, 2000) n",
         f"create index on {table} (n)",
         f"delete from {table} where n > 200",
-        # Sets hint bits only: pages are written that no record of WAL could bring back.
-        "select count(*) from pgbench_history",
         f"vacuum {table}",
         "checkpoint",
         f"update {table} set s = 'y'",
@@ -96,11 +112,11 @@ class PowerCuts:
     """Cuts of one recorded run, made in the order of time."""
 
     def __init__(
-        self, events: Sequence[Event], mounts: Mounts, basebackup: Path, bindir: Path
+        self, events: Sequence[Event], mounts: Mounts, stopped_cluster: Path, bindir: Path
     ) -> None:
         self._events = events
         self._mounts = mounts
-        self._basebackup = basebackup
+        self._stopped_cluster = stopped_cluster
         self._bindir = bindir
         self._disk = Disk()
         self._acknowledged = 0
@@ -114,7 +130,7 @@ class PowerCuts:
     def check(self, moment: int, chance: random.Random, *, is_ordered: bool) -> None:
         """Cut the power after event number ``moment``; what is left must be a sound cluster."""
         self._play(moment)
-        mount = self._mounts.prepare("--base", self._basebackup, name=f"cut{moment}")
+        mount = self._mounts.prepare("--base", self._stopped_cluster, name=f"cut{moment}")
         try:
             self._disk.save(mount.diff, chance, is_ordered=is_ordered)
             mount.diff.chmod(0o711)
@@ -130,11 +146,31 @@ class PowerCuts:
                 ledger.check(server.uri)
             server.check_cluster()
             check_sums(server)
+            assert server.sql("select count(*), sum(n) from unhinted") == "10000|50005000"
             server.stop("-m", "fast")
             mount.unmount()
             run_pbkfs("check", "-d", mount.diff)
         finally:
             self._mounts.discard(mount)
+
+    def moments(self, chance: random.Random, first: str, last: str, n: int) -> list[int]:
+        """Return ``n`` moments between two marks, in order.
+
+        Half of them, or all in a short time, are after a page was written and before anything was
+        made durable since: there is most to lose.
+        """
+        everywhere = range(self.position(first) + 1, self.position(last))
+        dangerous = []
+        has_page = False
+        for moment in everywhere:
+            if moment > everywhere.start and has_page:
+                dangerous.append(moment)
+            event = self._events[moment]
+            has_page = event.kind != "E" and (has_page or len(event.data) >= 8192)
+        n_dangerous = min(n if len(everywhere) < 100 else n // 2, len(dangerous))
+        chosen = set(chance.sample(dangerous, n_dangerous))
+        rest = sorted(set(everywhere) - chosen)
+        return sorted([*chosen, *chance.sample(rest, n - n_dangerous)])
 
     def is_ready(self, moment: int) -> bool:
         """Whether the ledger existed then."""
@@ -167,7 +203,7 @@ class LabelledRuns:
     """Mounts whose worker dies at a labelled step, and what is left then."""
 
     mounts: Mounts
-    basebackup: Path
+    stopped_cluster: Path
     bindir: Path
     log: Path
 
@@ -201,7 +237,7 @@ class LabelledRuns:
 
     def _prepare(self, *, is_first: bool) -> tuple[Mount, Ledger]:
         """Return a mount of a new diff, or of one whose worker was killed, to be mounted."""
-        mount, ledger = self.mounts.prepare("--base", self.basebackup), Ledger()
+        mount, ledger = self.mounts.prepare("--base", self.stopped_cluster), Ledger()
         if not is_first:
             self.mount(mount, _NO_LABEL, 1)
             self._load(mount, ledger, n_commits=30)

@@ -456,11 +456,24 @@ def pgdata_template(newest_programs: Programs, templates: Callable[[Programs], P
 
 @pytest.fixture
 def basebackup(newest_programs: Programs, session_place: Path) -> Path:
-    """A pg_basebackup -Fp of a server of the newest major that pgbench has filled."""
+    """A pg_basebackup -Fp of a server of the newest major that pgbench has filled.
+
+    Nobody has read the rows 1 … 10000 of its table ``unhinted``: who does sets hint bits.
+    """
     made = session_place / f"basebackup-{newest_programs.major}"
     if not made.exists():
         _take_basebackup(newest_programs, session_place / "basebackup-source", made)
     return made
+
+
+@pytest.fixture
+def stopped_cluster(basebackup: Path) -> Path:
+    """The cluster that ``basebackup`` was taken of, shut down cleanly; not to be changed.
+
+    A crash in the first recovery of a base backup leaves PostgreSQL with a cluster that it can't
+    start any more (its backup_label is gone), on any file system: not for tests of crashes.
+    """
+    return basebackup.with_name("basebackup-source")
 
 
 def _take_basebackup(programs: Programs, data: Path, target: Path) -> None:
@@ -474,6 +487,11 @@ def _take_basebackup(programs: Programs, data: Path, target: Path) -> None:
     programs.run("pg_ctl", "-w", "-D", data, "-l", data / "log", "start")
     try:
         programs.run("pgbench", "-h", data, "-U", "postgres", "-i", "-q", "-s", "5", "postgres")
+        programs.sql(
+            f"postgresql://postgres@/postgres?host={data}",
+            "create table unhinted (n bigint) with (autovacuum_enabled = off)",
+            "insert into unhinted select generate_series(1, 10000)",
+        )
         programs.run(
             "pg_basebackup", "-h", data, "-U", "postgres", "-D", target, "-c", "fast", "--no-sync"
         )

@@ -191,9 +191,9 @@ class Disk:
 
     def save(self, target: Path, chance: random.Random, *, is_ordered: bool) -> None:
         """Write the tree as a power cut now could leave it into the directory ``target``."""
-        keep = chance.choice((0.0, 0.1, 0.5, 0.9, 1.0))
-        moment = chance.choice((self._committed, chance.randint(self._committed, self.now)))
-        _Cut(chance, keep, moment if is_ordered else None, self.now).write(self.root, target)
+        some = chance.randint(self._committed, self.now)
+        moment = chance.choice((self._committed, some, self.now))
+        _Cut(chance, None, moment if is_ordered else None, self.now).write(self.root, target)
 
     def save_all(self, target: Path) -> None:
         """Write the tree as it is, nothing lost."""
@@ -202,19 +202,26 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """One choice of what reached the disk. ``moment`` is that of all metadata, or None."""
+    """One choice of what reached the disk.
+
+    ``keep`` is the part of it, None: one for each file and each directory. ``moment`` is that of
+    all metadata, None: each has its own.
+    """
 
     chance: random.Random
-    keep: float
+    keep: float | None
     moment: int | None
     now: int
 
     def _metadata_until(self, pending: list[tuple[int, object]]) -> int:
         if self.moment is not None:
             return self.moment
-        if self.chance.random() < self.keep:
+        if self.chance.random() < self._draw_keep():
             return self.now
         return self.chance.choice([0, *(at for at, _ in pending)])
+
+    def _draw_keep(self) -> float:
+        return self.chance.choice((0.0, 0.1, 0.5, 0.9, 1.0)) if self.keep is None else self.keep
 
     def write(self, node: _Node, target: Path) -> None:
         target.mkdir(exist_ok=True)
@@ -248,9 +255,10 @@ class _Cut:
         content = bytearray(node.content)
         size = len(content)
         versions: dict[int, int] = {}
+        keep = self._draw_keep()
         for at, event in node.changes:
             if event.kind == "W":
-                self._write_pages(content, at, event, versions)
+                self._write_pages(content, at, event, versions, keep)
                 if at <= until:
                     size = max(size, event.a + len(event.data))
             elif at <= until:
@@ -260,19 +268,19 @@ class _Cut:
         return bytes(content) + bytes(size - len(content))
 
     def _write_pages(
-        self, content: bytearray, at: int, event: Event, versions: dict[int, int]
+        self, content: bytearray, at: int, event: Event, versions: dict[int, int], keep: float
     ) -> None:
         end = event.a + len(event.data)
         for page in range(event.a // _PAGE, (end - 1) // _PAGE + 1):
             if page not in versions:
-                versions[page] = self._newest_version()
+                versions[page] = self._newest_version(keep)
             if at > versions[page]:
                 continue
             start, stop = max(page * _PAGE, event.a), min((page + 1) * _PAGE, end)
             _put(content, start, event.data[start - event.a : stop - event.a])
 
-    def _newest_version(self) -> int:
-        if self.chance.random() < self.keep:
+    def _newest_version(self, keep: float) -> int:
+        if self.chance.random() < keep:
             return _NEVER
         return self.chance.choice((0, self.chance.randint(0, self.now)))
 

@@ -23,8 +23,10 @@ from fix_postgres import Programs
         "copy_up:object:rename",  # the copy is durable, without its name
     ],
 )
-def test_death_at(mounts: Mounts, basebackup: Path, newest_programs: Programs, label: str) -> None:
+def test_death_at(
+    mounts: Mounts, stopped_cluster: Path, newest_programs: Programs, label: str
+) -> None:
     n = random.randint(1, 20)
     print(f"the {n}. {label}")
-    runs = LabelledRuns(mounts, basebackup, newest_programs.bindir, mounts.root / "steps")
+    runs = LabelledRuns(mounts, stopped_cluster, newest_programs.bindir, mounts.root / "steps")
     assert runs.check(label, n, is_first=True)

@@ -12,11 +12,11 @@ from fix_postgres import Programs
 
 
 @pytest.mark.timeout(3600)
-def test_every_label(mounts: Mounts, basebackup: Path, newest_programs: Programs) -> None:
+def test_every_label(mounts: Mounts, stopped_cluster: Path, newest_programs: Programs) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    runs = LabelledRuns(mounts, basebackup, newest_programs.bindir, mounts.root / "steps")
+    runs = LabelledRuns(mounts, stopped_cluster, newest_programs.bindir, mounts.root / "steps")
     first, second = runs.labels()
     missed = []
     for label in sorted(first.keys() | second.keys()):
