@@ -13,7 +13,7 @@ from crashes import HINTED, HINTING, LOADED, READY, PowerCuts, record_run
 from fix_mounts import Mounts
 from fix_postgres import Programs
 
-N_CUTS = 4
+N_CUTS = 3
 
 
 @pytest.mark.timeout(600)
