@@ -155,7 +155,7 @@ def test_truncation_that_a_crash_left_unrecorded(place: Place, size: int) -> Non
     place.nodes.truncate(INO, SIZE)
     assert place.nodes.read(INO, 0, SIZE) == BELOW[:size].ljust(SIZE, b"\0")
     # And so it stays over the next mount.
-    bitmap, new_limit, _ = place.scan()[OBJECT]
+    bitmap, new_limit, _, _ = place.scan()[OBJECT]
     place.nodes.close()
     place.nodes = place._new_nodes()
     place.nodes.add(INO, SIZE, place.store([Layer({b: page(3 + 4 * b) for b in range(20)})]))
