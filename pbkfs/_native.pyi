@@ -5,7 +5,7 @@ lock gives up the GIL. Descriptors stay the caller's and have to outlive the obj
 to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias, final
 
 from typing_extensions import Buffer
@@ -112,6 +112,15 @@ class Nodes:
         to be durable, so the first fsync makes it so.
         """
     def remove(self, ino: int, /) -> None: ...
+    def names_known(self, directory: int, names: Iterable[bytes], /) -> None:
+        """These are all names of a directory: a lookup of another one is answered natively, "there
+        is none". From then on ``name_added`` and ``name_removed`` have to tell every change, before
+        the kernel hears of it."""
+    def name_added(self, directory: int, name: bytes, /) -> None: ...
+    def name_removed(self, directory: int, name: bytes, /) -> None:
+        """The empty name takes back ``names_known``."""
+    def is_absent(self, directory: int, name: bytes, /) -> bool:
+        """Whether a directory is known not to have a name."""
     def has(self, ino: int, /) -> bool: ...
     def has_object(self, ino: int, /) -> bool: ...
     def stat(self, ino: int, /) -> tuple[int, int, int, int, int, int, int, int, int] | None:

@@ -338,6 +338,79 @@ static PyObject *nodes_attach(struct nodes_object *self, PyObject *args, PyObjec
     return end(self, node, ctx, err);
 }
 
+/* Names: the calls take no longer than a look into a table, so the GIL stays. */
+
+static PyObject *change_name(struct nodes_object *self, PyObject *const *args, Py_ssize_t n_args, const char *what,
+                             void (*change)(struct pbk_names *, uint64_t, const void *, size_t))
+{
+    uint64_t directory;
+    char *name;
+    Py_ssize_t length;
+    if (n_args != 2) {
+        PyErr_Format(PyExc_TypeError, "%s takes a directory and a name", what);
+        return NULL;
+    }
+    if (!pbk_binding_u64(args[0], &directory) || PyBytes_AsStringAndSize(args[1], &name, &length) < 0 || !is_open(self))
+        return NULL;
+    change(pbk_nodes_names(self->nodes), directory, name, (size_t)length);
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_name_added(struct nodes_object *self, PyObject *const *args, Py_ssize_t n_args)
+{
+    return change_name(self, args, n_args, "name_added", pbk_names_add);
+}
+
+static PyObject *nodes_name_removed(struct nodes_object *self, PyObject *const *args, Py_ssize_t n_args)
+{
+    return change_name(self, args, n_args, "name_removed", pbk_names_remove);
+}
+
+static PyObject *nodes_names_known(struct nodes_object *self, PyObject *const *args, Py_ssize_t n_args)
+{
+    uint64_t directory;
+    if (n_args != 2) {
+        PyErr_SetString(PyExc_TypeError, "names_known takes a directory and its names");
+        return NULL;
+    }
+    if (!pbk_binding_u64(args[0], &directory) || !is_open(self))
+        return NULL;
+    PyObject *all = PyObject_GetIter(args[1]);
+    if (all == NULL)
+        return NULL;
+    struct pbk_names *names = pbk_nodes_names(self->nodes);
+    PyObject *item;
+    while ((item = PyIter_Next(all)) != NULL) {
+        char *name;
+        Py_ssize_t length;
+        int err = PyBytes_AsStringAndSize(item, &name, &length);
+        if (err == 0)
+            pbk_names_add(names, directory, name, (size_t)length);
+        Py_DECREF(item);
+        if (err != 0)
+            break;
+    }
+    Py_DECREF(all);
+    if (PyErr_Occurred())
+        return NULL;
+    pbk_names_complete(names, directory);
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_is_absent(struct nodes_object *self, PyObject *const *args, Py_ssize_t n_args)
+{
+    uint64_t directory;
+    char *name;
+    Py_ssize_t length;
+    if (n_args != 2) {
+        PyErr_SetString(PyExc_TypeError, "is_absent takes a directory and a name");
+        return NULL;
+    }
+    if (!pbk_binding_u64(args[0], &directory) || PyBytes_AsStringAndSize(args[1], &name, &length) < 0 || !is_open(self))
+        return NULL;
+    return PyBool_FromLong(pbk_nodes_is_absent(self->nodes, directory, name, (size_t)length));
+}
+
 static PyObject *nodes_remove(struct nodes_object *self, PyObject *arg)
 {
     uint64_t ino;
@@ -741,6 +814,12 @@ static PyMethodDef methods[] = {
     {"attach", (PyCFunction)(void (*)(void))nodes_attach, METH_VARARGS | METH_KEYWORDS,
      "Make an object the top of a node."},
     {"remove", (PyCFunction)nodes_remove, METH_O, "Forget a node; readers finish with it."},
+    {"name_added", (PyCFunction)(void (*)(void))nodes_name_added, METH_FASTCALL, "A directory has one more name."},
+    {"name_removed", (PyCFunction)(void (*)(void))nodes_name_removed, METH_FASTCALL, "A directory has lost a name."},
+    {"names_known", (PyCFunction)(void (*)(void))nodes_names_known, METH_FASTCALL,
+     "These are all names of a directory; what is not among them is absent."},
+    {"is_absent", (PyCFunction)(void (*)(void))nodes_is_absent, METH_FASTCALL,
+     "Whether a directory is known not to have a name."},
     {"has", (PyCFunction)nodes_has, METH_O, "Whether the inode is registered."},
     {"has_object", (PyCFunction)nodes_has_object, METH_O, "Whether the node has an object."},
     {"stat", (PyCFunction)nodes_stat, METH_O, "Attributes of the object, or None."},

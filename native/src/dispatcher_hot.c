@@ -6,6 +6,7 @@
 #include "dispatcher_internal.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -184,6 +185,21 @@ static bool set_mtime(struct pbk_dispatcher *d, const struct fuse_in_header *hea
     return true;
 }
 
+/* A name that is missing for sure. The kernel keeps the answer until it makes the name itself. */
+static bool look_up(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
+                    size_t length)
+{
+    /* A name that is too long gets another answer, from Python. */
+    if (length < 2 || length - 1 > NAME_MAX || body[length - 1] != 0 ||
+        !pbk_nodes_is_absent(d->nodes, header->nodeid, body, length - 1))
+        return false;
+    struct fuse_entry_out out;
+    memset(&out, 0, sizeof out);
+    out.entry_valid = PBK_FUSE_VALID_S;
+    pbk_reply(d, header->unique, 0, &out, sizeof out);
+    return true;
+}
+
 /* A node that Python has registered once is opened without it from then on. */
 static bool open_file(struct pbk_dispatcher *d, const struct fuse_in_header *header)
 {
@@ -252,8 +268,9 @@ bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *head
     case FUSE_DESTROY:
         pbk_reply(d, header->unique, 0, NULL, 0);
         return true;
-    case FUSE_INIT:
     case FUSE_LOOKUP:
+        return look_up(d, header, body, length);
+    case FUSE_INIT:
     case FUSE_GETATTR:
     case FUSE_FORGET:
     case FUSE_BATCH_FORGET:

@@ -35,6 +35,7 @@ struct pbk_nodes {
     struct pbk_file_set files;
     struct pbk_index_set indexes;
     struct pbk_gate gate;
+    struct pbk_names names;
     struct pbk_counters counters;
     pthread_mutex_t stripes[PBK_N_STRIPES];
     pthread_rwlock_t table_lock; /* guards what follows */

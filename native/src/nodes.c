@@ -43,6 +43,8 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
         goto no_indexes;
     if (pbk_gate_init(&nodes->gate) != 0)
         goto no_gate;
+    if (pbk_names_init(&nodes->names) != 0)
+        goto no_names;
     if (pthread_rwlock_init(&nodes->table_lock, NULL) != 0)
         goto no_lock;
     for (unsigned i = 0; i < PBK_N_STRIPES; i++)
@@ -50,6 +52,8 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
     return nodes;
 
 no_lock:
+    pbk_names_destroy(&nodes->names);
+no_names:
     pbk_gate_destroy(&nodes->gate);
 no_gate:
     pbk_index_set_destroy(&nodes->indexes);
@@ -93,12 +97,23 @@ void pbk_nodes_free(struct pbk_nodes *nodes)
     for (unsigned i = 0; i < PBK_N_STRIPES; i++)
         pthread_mutex_destroy(&nodes->stripes[i]);
     pthread_rwlock_destroy(&nodes->table_lock);
+    pbk_names_destroy(&nodes->names);
     pbk_gate_destroy(&nodes->gate);
     pbk_index_set_destroy(&nodes->indexes);
     pbk_file_set_destroy(&nodes->files);
     pbk_log_destroy(&nodes->log);
     free(nodes->buckets);
     free(nodes);
+}
+
+struct pbk_names *pbk_nodes_names(struct pbk_nodes *nodes)
+{
+    return &nodes->names;
+}
+
+bool pbk_nodes_is_absent(struct pbk_nodes *nodes, uint64_t directory, const void *name, size_t length)
+{
+    return pbk_names_is_absent(&nodes->names, directory, name, length);
 }
 
 /* ---- the table ---- */

@@ -81,6 +81,12 @@ struct pbk_node *pbk_nodes_get(struct pbk_nodes *nodes, uint64_t ino)
     return node;
 }
 
+bool pbk_nodes_is_absent(struct pbk_nodes *nodes, uint64_t directory, const void *name, size_t length)
+{
+    (void)nodes;
+    return directory == 1 && length == 7 && memcmp(name, "missing", 7) == 0;
+}
+
 void pbk_node_put(struct pbk_node *node)
 {
     CHECK(atomic_fetch_sub(&node->n_refs, 1) > 0);
@@ -529,6 +535,8 @@ static void *caller_main(void *arg)
         struct fuse_entry_out entry;
         CHECK(call(stage, FUSE_LOOKUP, 1, "name", 5, &entry, sizeof entry) == 0);
         CHECK(entry.nodeid == 2);
+        CHECK(call(stage, FUSE_LOOKUP, 1, "missing", 8, &entry, sizeof entry) == 0);
+        CHECK(entry.nodeid == 0 && entry.entry_valid == PBK_FUSE_VALID_S && entry.attr_valid == 0);
         struct fuse_read_in readdir_in = {.size = 1u << 20};
         char entries[7];
         CHECK(call(stage, FUSE_READDIRPLUS, 1, &readdir_in, sizeof readdir_in, entries, sizeof entries) == 0);

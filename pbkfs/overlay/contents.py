@@ -48,6 +48,7 @@ class Contents:
         self.nodes = _native.Nodes(
             self._diff.journal, self._diff.objects.fd, log_fd, index_bytes=index_bytes
         )
+        namespace.tell(self.nodes)
 
     @property
     def n_doomed(self) -> int:

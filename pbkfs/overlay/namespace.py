@@ -18,6 +18,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
+from pbkfs import _native
 from pbkfs.backup.base import Base, BaseEntry, Kind
 from pbkfs.errors import PbkfsError
 from pbkfs.overlay.inode import Dentry, Directory, File, Inode, SymbolicLink, join
@@ -58,6 +59,14 @@ class Namespace:
         self.root.origin = b""
         self.root.parent = self.root
         self.inodes: dict[int, Inode] = {ROOT_INO: self.root}
+        self._nodes: _native.Nodes | None = None
+
+    def tell(self, nodes: _native.Nodes) -> None:
+        """Keep the native half informed of names from now on: it answers for missing ones."""
+        self._nodes = nodes
+        for inode in self.inodes.values():
+            if isinstance(inode, Directory) and inode.children is not None:
+                nodes.names_known(inode.ino, inode.children)
 
     def new_number(self) -> int:
         """Return a number that was never used: for an inode or a cookie."""
@@ -147,6 +156,8 @@ class Namespace:
         directory.children = children
         directory.n_directories = n_directories
         self.n_loaded += 1
+        if self._nodes is not None:
+            self._nodes.names_known(directory.ino, children)
 
     def _scan(self, path: bytes) -> Iterable[BaseEntry]:
         try:
@@ -256,6 +267,8 @@ class Namespace:
         else:
             inode.more = (*inode.more, Dentry(directory, name, cookie))
         self.children(directory)[name] = inode
+        if self._nodes is not None:
+            self._nodes.name_added(directory.ino, name)
         if isinstance(inode, Directory):
             directory.n_directories += 1
         if directory.listing is not None:
@@ -269,6 +282,8 @@ class Namespace:
     def drop(self, directory: Directory, name: bytes) -> Inode:
         """Take a name away; returns the inode, which has perhaps no name any more."""
         inode = self.children(directory).pop(name)
+        if self._nodes is not None:
+            self._nodes.name_removed(directory.ino, name)
         if isinstance(inode, Directory):
             directory.n_directories -= 1
         if inode.parent is directory and inode.name == name:
@@ -305,6 +320,12 @@ class Namespace:
             self.add(old_directory, old_name, replaced)
             return None
         return replaced
+
+    def forget(self, inode: Inode) -> None:
+        """Take an inode without names and lookups out of the table."""
+        self.inodes.pop(inode.ino, None)
+        if self._nodes is not None and isinstance(inode, Directory):
+            self._nodes.name_removed(inode.ino, b"")
 
     def drop_subtree(self, directory: Directory, name: bytes) -> list[Inode]:
         """Take away a name and, of a directory, all below; returns the inodes without a name."""

@@ -124,7 +124,7 @@ class Tree:
     def _let_go(self, inode: Inode) -> None:
         self._contents.close_unused(inode)
         if inode.parent is None:
-            self._namespace.inodes.pop(inode.ino, None)
+            self._namespace.forget(inode)
 
     def readdir(self, ino: int, start: int) -> Iterator[tuple[bytes, Attr, int]]:
         """Yield (name, attributes, cookie) of the entries after cookie ``start`` (0: all).

@@ -30,6 +30,7 @@ from hypothesis.stateful import invariant, precondition, rule
 
 from pbkfs.overlay import contents, hydration
 from pbkfs.overlay.hydration import Step
+from pbkfs.overlay.inode import Directory
 
 MAX_LAYERS = 2
 
@@ -112,6 +113,18 @@ class TreeMachine(FileMachine):
         trees = self.trees
         if trees.is_open and trees.tree._diff.journal.synced != self.synced_end:
             self.names_synced()
+
+    @invariant()
+    def native_half_knows_the_names(self) -> None:
+        """It answers for missing names, so it must never take one that is there for missing."""
+        trees = self.trees
+        if not trees.is_open:
+            return
+        nodes = trees.tree.nodes
+        for inode in trees.tree._namespace.inodes.values():
+            if isinstance(inode, Directory) and inode.children is not None:
+                assert not any(nodes.is_absent(inode.ino, name) for name in inode.children)
+                assert nodes.is_absent(inode.ino, b"no such name")
 
     # --- rules --------------------------------------------------------------------------------
 

@@ -150,6 +150,7 @@ def _plant_bug(tree: Any) -> None:
         return lookup(parent, name)
 
     tree.lookup = broken
+    tree.nodes.name_added(tree.ROOT, b"bug")  # else it is known to be missing, and nobody looks
 
 
 def _plant_full_disk(tree: Any) -> None:

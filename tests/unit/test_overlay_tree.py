@@ -80,6 +80,39 @@ def _seed_and_size(path: bytes, size: int) -> tuple[int, int]:
     return hash_seed(path.decode()), size
 
 
+# --- missing names --------------------------------------------------------------------------------
+
+
+def test_missing_names_are_known_once_a_directory_is_listed(place: TreePlace) -> None:
+    nodes = place.tree.nodes
+    assert not nodes.is_absent(ROOT, b"missing")
+    base = find(place, b"base").ino
+    assert nodes.is_absent(ROOT, b"missing")
+    assert not nodes.is_absent(ROOT, b"base")
+    five = find(place, b"base/5").ino
+    assert not nodes.is_absent(five, b"16384")
+    place.driver.unlink(b"base/5/16384")
+    assert nodes.is_absent(five, b"16384")
+    place.driver.mkdir(b"base/5/new", 0o700)
+    new = find(place, b"base/5/new").ino
+    place.driver.rename(b"base/6", b"base/5/new/6")
+    assert not nodes.is_absent(new, b"6")
+    assert nodes.is_absent(new, b"7")
+    assert nodes.is_absent(base, b"6")
+
+
+def test_what_is_known_of_a_removed_directory_goes_with_it(place: TreePlace) -> None:
+    place.driver.mkdir(b"new", 0o700)
+    attr = place.tree.lookup(ROOT, b"new")
+    with raises(errno.ENOENT):
+        place.tree.lookup(attr.ino, b"name")
+    assert place.tree.nodes.is_absent(attr.ino, b"name")
+    place.tree.rmdir(ROOT, b"new")
+    assert place.tree.nodes.is_absent(attr.ino, b"name")
+    place.tree.forget(attr.ino, 1 << 30)
+    assert not place.tree.nodes.is_absent(attr.ino, b"name")
+
+
 # --- reading directories --------------------------------------------------------------------------
 
 

@@ -33,6 +33,9 @@
  * max(FUSE_MIN_READ_BUFFER, sizeof(fuse_in_header) + sizeof(fuse_write_in) + max_write) at least. */
 #define PBK_FUSE_BUFFER (PBK_FUSE_MAX_IO + 4096u)
 
+/* For how long names are valid: the mount is the only writer. Python says the same (operations.VALID_S). */
+#define PBK_FUSE_VALID_S (3650u * 86400u)
+
 /* An errno that the kernel takes. Source: fuse_dev_do_write() refuses a reply with error > 0 or <= -512, which would leave
  * the caller waiting for ever. */
 static inline int32_t pbk_fuse_error(int32_t error)

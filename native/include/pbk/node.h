@@ -31,6 +31,9 @@ struct pbk_nodes;
 struct pbk_node;
 struct pbk_ctx;
 
+/* Whether nothing has this name in this directory, for sure: see names.h. */
+bool pbk_nodes_is_absent(struct pbk_nodes *, uint64_t directory, const void *name, size_t length);
+
 /* Buffers and decompressor of one thread. max_io is the longest read or write it will be used for; longer reads are cut
  * to it. NULL if there is no memory. */
 struct pbk_ctx *pbk_ctx_new(size_t max_io);

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "pbk/journal.h"
+#include "pbk/names.h"
 #include "pbk/node.h"
 #include "pbk/source.h"
 
@@ -47,6 +48,9 @@ struct pbk_counter {
 struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int log_fd, size_t index_bytes);
 void pbk_nodes_clear(struct pbk_nodes *); /* removes all nodes */
 void pbk_nodes_free(struct pbk_nodes *);  /* nobody holds a node any more */
+
+/* Kept by whoever keeps the names; lives as long as the nodes. */
+struct pbk_names *pbk_nodes_names(struct pbk_nodes *);
 
 /* Registers a file without an object; size is what a reader sees. -EEXIST, -EINVAL, -ENOMEM. */
 int pbk_nodes_add(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
