@@ -171,6 +171,43 @@ class Postgres:
         name = f"commits of one row, {n_clients} clients"
         return self._rounds(name, "commits/s", "0.98", measure)
 
+    # --- names ----------------------------------------------------------------------------------
+
+    def ddl(self) -> Figure:
+        """A table with index and TOAST comes, is truncated and goes: some fifteen files."""
+        script = self._sockets / "ddl.sql"
+        script.write_text(
+            "create table t:client_id (i int primary key, t text);\n"
+            "insert into t:client_id values (1, 'a');\n"
+            "truncate t:client_id;\n"
+            "drop table t:client_id;\n"
+        )
+
+        def measure(figure: Figure, side: str, _number: int) -> None:
+            server = self._start(side)
+            seconds = str(self._seconds)
+            before = self._cpu_s(side)
+            tps = server.pgbench("-n", "-f", os.fspath(script), "-c", "1", "-T", seconds)
+            after = self._cpu_s(side)
+            n = tps * self._seconds
+            figure.add(
+                side,
+                tps,
+                server_cpu_us=round((after[0] - before[0]) / n * 1e6, 1),
+                worker_cpu_us=round((after[1] - before[1]) / n * 1e6, 1),
+            )
+
+        return self._rounds("CREATE, TRUNCATE and DROP TABLE", "rounds/s", "", measure)
+
+    def create_database(self) -> Figure:
+        def measure(figure: Figure, side: str, _number: int) -> None:
+            server = self._start(side)
+            server.sql("drop database if exists made")
+            figure.add(side, server.time_sql("create database made strategy wal_log"))
+            server.sql("drop database made")
+
+        return self._rounds("CREATE DATABASE", "s", "", measure, is_time=True)
+
     # --- scans and loads ----------------------------------------------------------------
 
     def count_cold(self) -> Figure:
@@ -225,5 +262,5 @@ class Postgres:
 
     FIGURES = (
         "count_cold", "select_warm", "tpcb_warm", "tpcb_then_select", "tpcb_then_select_prepared",
-        "commits_1", "commits_4", "bulk_load", "tpcb_cold",
+        "commits_1", "commits_4", "ddl", "create_database", "bulk_load", "tpcb_cold",
     )  # fmt: skip

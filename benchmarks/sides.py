@@ -24,8 +24,11 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 def run(*command: str | os.PathLike[str], timeout: float = 600, check: bool = True) -> str:
     """Run a command to its end; its output when it fails is in the exception."""
+    environment = dict(os.environ)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode
     done = subprocess.run(
-        [os.fspath(part) for part in command], capture_output=True, text=True, timeout=timeout,
+        [os.fspath(part) for part in command],
+        env=environment, capture_output=True, text=True, timeout=timeout,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if check and done.returncode:
