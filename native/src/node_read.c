@@ -18,7 +18,7 @@
 
 /* Skipping a record that newer layers replaced costs less than another system call; larger gaps cost more. */
 #define MAX_GAP (2u * (PBK_BLCKSZ + PBK_RECORD_HEADER))
-#define GAP_BUDGET (128u * 1024u)
+#define GAP_BUDGET (512u * 1024u)
 /* A payload and what pads it to 8. */
 #define MAX_RECORD (PBK_RECORD_HEADER + PBK_BLCKSZ)
 
