@@ -384,7 +384,8 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
     node->object = object;
     atomic_store(&node->size, size);
     if (attach->is_mapped && nodes->journal != NULL && size < node->below_size &&
-        (object->limit > blocks_of(size) || (size % PBK_BLCKSZ != 0 && !object_has(object, size / PBK_BLCKSZ)))) {
+        (object->limit > blocks_of(size) ||
+         (size % PBK_BLCKSZ != 0 && !object_has_changed(object, size / PBK_BLCKSZ)))) {
         /* The worker or the machine died inside of a truncate, between the object and its LIMIT record: finish it, or the
          * blocks that were cut off would come back from below when the file grows again. */
         atomic_store(&node->size, node->below_size);

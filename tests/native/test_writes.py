@@ -163,6 +163,34 @@ def test_truncation_that_a_crash_left_unrecorded(place: Place, size: int) -> Non
     assert place.nodes.read(INO, 0, SIZE) == BELOW[:size].ljust(SIZE, b"\0")
 
 
+def test_unrecorded_cut_inside_of_a_hydrated_block(place: Place) -> None:
+    """What is left of the block is no longer as it is below, and has to be known as changed."""
+    size = 5 * BLCKSZ + 7
+    offset: int | None = 0
+    while offset is not None:
+        _, offset = place.nodes.hydrate(INO, offset, SIZE)
+    assert place.nodes.hydrate_sync(INO)
+    place.journal.sync()
+    bitmap, _, is_whole, hydrated = place.scan()[OBJECT]
+    place.nodes.close()
+    os.truncate(place.object_path(OBJECT), size)
+    place.nodes = place._new_nodes()
+    place.nodes.add(INO, SIZE, place.store([Layer({b: page(3 + 4 * b) for b in range(20)})]))
+    place.nodes.attach(
+        INO,
+        OBJECT,
+        bitmap=bitmap,
+        limit=6,
+        mapped=True,
+        fresh=False,
+        hydrated=hydrated,
+        whole=is_whole,
+    )
+    assert live_blocks(place) == {5}
+    place.nodes.truncate(INO, SIZE)
+    assert place.nodes.read(INO, 0, SIZE) == BELOW[:size].ljust(SIZE, b"\0")
+
+
 def test_cut_inside_of_a_page_that_cannot_be_read(place: Place) -> None:
     place.nodes.add(2, 2 * BLCKSZ, place.store_raw(page(2) * 2))
     place.attach(2, 0x55, 2 * BLCKSZ)
