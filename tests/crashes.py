@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import psycopg
 from fix_mounts import Mount, Mounts, run_pbkfs
-from fix_postgres import is_running, kill_servers
+from fix_postgres import is_running, kill_servers, wait_until
 from iotrace import Event, Recorder
 from ledger import Ledger
 from machine import TESTS
@@ -255,6 +255,7 @@ class LabelledRuns:
         if (mount.diff / "binding.json").exists():
             run_pbkfs("check", "-d", mount.diff)
         mount.mount()
+        wait_until_reaped(mount)
         server = MountedServer(mount, self.bindir)
         server.start()
         if server.sql("select to_regclass('ledger') is not null") == "t":
@@ -326,6 +327,18 @@ def find_worker(mount: Mount) -> psutil.Process | None:
         return None
 
 
+def wait_until_reaped(mount: Mount) -> None:
+    """Wait until the postmaster that died with the worker is no zombie either.
+
+    PostgreSQL takes one for alive, and init may take its time.
+    """
+    try:
+        pid = int((mount.pgdata / "postmaster.pid").read_text().split()[0])
+    except (FileNotFoundError, IndexError, ValueError):
+        return
+    wait_until(lambda: not psutil.pid_exists(pid))
+
+
 def run_server(server: MountedServer) -> bool:
     """Start a server whose worker may die meanwhile; returns whether it is up."""
     try:
@@ -354,7 +367,7 @@ def sql_arguments(number: int) -> list[str]:
         f"vacuum {table}",
         "vacuum pgbench_history",
         "checkpoint",
-        "reindex table pgbench_tellers",
+        "reindex index pgbench_accounts_pkey",
         "checkpoint",
         f"truncate {table}",
         f"drop table {table}",
