@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fix_mounts import Mount, Mounts
+from fix_postgres import wait_until
 
 BLOCK = 8192
 N_BLOCKS = 40
@@ -211,7 +212,8 @@ def test_b9_an_unreadable_file_is_an_error_and_not_zeros(mount: Mount, base: Pat
         assert os.pread(fd, BLOCK, N_BLOCKS * BLOCK) == b""
     finally:
         os.close(fd)
-    assert REL.encode() in mount.worker_log.read_bytes()
+    # The native half's lines come to the log through a pipe.
+    wait_until(lambda: REL.encode() in mount.worker_log.read_bytes())
 
 
 def test_b10_an_index_is_loaded_once_however_many_blocks_are_read(mount: Mount) -> None:
