@@ -121,6 +121,26 @@ class Nodes:
         """The empty name takes back ``names_known``."""
     def is_absent(self, directory: int, name: bytes, /) -> bool:
         """Whether a directory is known not to have a name."""
+    def directory_is(
+        self,
+        ino: int,
+        mode: int,
+        nlink: int,
+        uid: int,
+        gid: int,
+        size: int,
+        atime_ns: int,
+        mtime_ns: int,
+        ctime_ns: int,
+        blocks: int,
+        /,
+    ) -> None:
+        """The attributes of a directory, until told otherwise: they are answered natively, or
+        forgotten when another directory needs the room."""
+    def directory_changes(self, ino: int, /) -> None:
+        """The attributes of a directory are no longer known."""
+    def set_links(self, ino: int, n_links: int, /) -> None:
+        """How many names a registered file has; 1 until told otherwise."""
     def has(self, ino: int, /) -> bool: ...
     def has_object(self, ino: int, /) -> bool: ...
     def stat(self, ino: int, /) -> tuple[int, int, int, int, int, int, int, int, int] | None:

@@ -397,6 +397,68 @@ static PyObject *nodes_names_known(struct nodes_object *self, PyObject *const *a
     Py_RETURN_NONE;
 }
 
+static struct timespec to_timespec(long long ns)
+{
+    long long seconds = ns / 1000000000, rest = ns % 1000000000;
+    if (rest < 0) {
+        seconds--;
+        rest += 1000000000;
+    }
+    return (struct timespec){.tv_sec = (time_t)seconds, .tv_nsec = (long)rest};
+}
+
+static PyObject *nodes_directory_is(struct nodes_object *self, PyObject *args)
+{
+    unsigned long long ino, nlink, size, blocks;
+    long long atime_ns, mtime_ns, ctime_ns;
+    unsigned mode, uid, gid;
+    if (!PyArg_ParseTuple(args, "KIKIIKLLLK:directory_is", &ino, &mode, &nlink, &uid, &gid, &size, &atime_ns, &mtime_ns,
+                          &ctime_ns, &blocks) ||
+        !is_open(self))
+        return NULL;
+    struct stat st;
+    memset(&st, 0, sizeof st);
+    st.st_mode = mode;
+    st.st_nlink = nlink;
+    st.st_uid = uid;
+    st.st_gid = gid;
+    st.st_size = (off_t)size;
+    st.st_blocks = (blkcnt_t)blocks;
+    st.st_atim = to_timespec(atime_ns);
+    st.st_mtim = to_timespec(mtime_ns);
+    st.st_ctim = to_timespec(ctime_ns);
+    /* An answer may be on its way: wait without the GIL. */
+    Py_BEGIN_ALLOW_THREADS
+    pbk_directories_set(pbk_nodes_directories(self->nodes), ino, &st);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_directory_changes(struct nodes_object *self, PyObject *arg)
+{
+    uint64_t ino;
+    if (!pbk_binding_u64(arg, &ino) || !is_open(self))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pbk_directories_drop(pbk_nodes_directories(self->nodes), ino);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_set_links(struct nodes_object *self, PyObject *args)
+{
+    unsigned long long ino;
+    unsigned n_links;
+    if (!PyArg_ParseTuple(args, "KI:set_links", &ino, &n_links))
+        return NULL;
+    struct pbk_node *node = get_node(self, ino);
+    if (node == NULL)
+        return NULL;
+    pbk_node_set_links(node, n_links);
+    pbk_node_put(node);
+    Py_RETURN_NONE;
+}
+
 static PyObject *nodes_is_absent(struct nodes_object *self, PyObject *const *args, Py_ssize_t n_args)
 {
     uint64_t directory;
@@ -818,6 +880,9 @@ static PyMethodDef methods[] = {
     {"name_removed", (PyCFunction)(void (*)(void))nodes_name_removed, METH_FASTCALL, "A directory has lost a name."},
     {"names_known", (PyCFunction)(void (*)(void))nodes_names_known, METH_FASTCALL,
      "These are all names of a directory; what is not among them is absent."},
+    {"directory_is", (PyCFunction)nodes_directory_is, METH_VARARGS, "The attributes of a directory."},
+    {"directory_changes", (PyCFunction)nodes_directory_changes, METH_O, "They are no longer known."},
+    {"set_links", (PyCFunction)nodes_set_links, METH_VARARGS, "How many names a file has."},
     {"is_absent", (PyCFunction)(void (*)(void))nodes_is_absent, METH_FASTCALL,
      "Whether a directory is known not to have a name."},
     {"has", (PyCFunction)nodes_has, METH_O, "Whether the inode is registered."},

@@ -128,10 +128,12 @@ static void fallocate_file(struct pbk_worker *worker, const struct fuse_in_heade
     pbk_reply(d, header->unique, error == -ENOSYS ? -EOPNOTSUPP : error, NULL, 0);
 }
 
-static void reply_attributes(struct pbk_dispatcher *d, uint64_t unique, uint64_t ino, const struct stat *st)
+static void reply_attributes(struct pbk_dispatcher *d, uint64_t unique, uint64_t ino, const struct stat *st,
+                             uint64_t valid_s)
 {
     struct fuse_attr_out out;
     memset(&out, 0, sizeof out);
+    out.attr_valid = valid_s;
     out.attr.ino = ino;
     out.attr.size = (uint64_t)st->st_size;
     out.attr.blocks = (uint64_t)st->st_blocks;
@@ -151,38 +153,63 @@ static void reply_attributes(struct pbk_dispatcher *d, uint64_t unique, uint64_t
 }
 
 /*
+ * Two changes of attributes are answered here, for files with an object.
+ *
  * The time of the last write: with the write-back cache the kernel keeps it itself and sends it once in a while for every
- * written file, last before each FSYNC. It ignores the answer then (fuse_flush_times()). Anything else about attributes is
- * Python's, because a node knows neither the number of a file's names nor what is said of its blocks; it is also seldom: 18
- * GETATTR beside 1,100 writes in 10 s of pgbench's TPC-B. So what is answered here is valid for no time.
+ * written file, last before each FSYNC. It ignores the answer then (fuse_flush_times()), so that one is valid for no time.
+ *
+ * The size: PostgreSQL truncates every file that it is going to remove.
  */
-static bool set_mtime(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
-                      size_t length)
+static bool set_attributes(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                           size_t length)
 {
+    struct pbk_dispatcher *d = worker->dispatcher;
     struct fuse_setattr_in in;
-    if (!PARSE(in, body, length) || !(in.valid & FATTR_MTIME) ||
-        in.valid & ~(uint32_t)(FATTR_MTIME | FATTR_MTIME_NOW | FATTR_CTIME | FATTR_FH | FATTR_LOCKOWNER))
+    if (!PARSE(in, body, length) || !(in.valid & (FATTR_MTIME | FATTR_SIZE)) ||
+        in.valid & ~(uint32_t)(FATTR_SIZE | FATTR_MTIME | FATTR_MTIME_NOW | FATTR_CTIME | FATTR_FH | FATTR_LOCKOWNER))
         return false;
     struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
     if (!node)
         return false;
-    /* The kernel sends the time also where it says "now"; its value is the one it keeps. */
-    struct timespec times[2] = {
-        {.tv_nsec = UTIME_OMIT},
-        {.tv_sec = (time_t)in.mtime, .tv_nsec = (long)in.mtimensec},
-    };
     struct stat st;
-    int error = pbk_node_utimens(node, times);
+    int error = 0;
+    if (in.valid & FATTR_SIZE)
+        error = pbk_node_truncate(node, worker->ctx, in.size);
+    if (!error && in.valid & FATTR_MTIME) {
+        /* The kernel sends the time also where it says "now"; its value is the one it keeps. */
+        struct timespec times[2] = {
+            {.tv_nsec = UTIME_OMIT},
+            {.tv_sec = (time_t)in.mtime, .tv_nsec = (long)in.mtimensec},
+        };
+        error = pbk_node_utimens(node, times);
+    }
     if (!error)
-        error = pbk_node_stat(node, &st);
+        error = pbk_node_describe(node, &st);
     pbk_node_put(node);
     if (error == PBK_NO_OBJECT)
         return false;
     if (error)
         pbk_reply(d, header->unique, error, NULL, 0);
     else
-        reply_attributes(d, header->unique, header->nodeid, &st);
+        reply_attributes(d, header->unique, header->nodeid, &st, in.valid & FATTR_SIZE ? PBK_FUSE_VALID_S : 0);
     return true;
+}
+
+struct attributes_request {
+    struct pbk_dispatcher *dispatcher;
+    uint64_t unique, ino;
+};
+
+static void answer_attributes(void *arg, const struct stat *st)
+{
+    struct attributes_request *request = arg;
+    reply_attributes(request->dispatcher, request->unique, request->ino, st, PBK_FUSE_VALID_S);
+}
+
+static bool get_attributes(struct pbk_dispatcher *d, const struct fuse_in_header *header)
+{
+    struct attributes_request request = {.dispatcher = d, .unique = header->unique, .ino = header->nodeid};
+    return pbk_nodes_answer_directory(d->nodes, header->nodeid, answer_attributes, &request);
 }
 
 /* A name that is missing for sure. The kernel keeps the answer until it makes the name itself. */
@@ -252,7 +279,7 @@ bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *head
         fallocate_file(worker, header, body, length, may_park);
         return true;
     case FUSE_SETATTR:
-        return set_mtime(d, header, body, length);
+        return set_attributes(worker, header, body, length);
     case FUSE_OPEN:
         return open_file(d, header);
     case FUSE_RELEASE:
@@ -270,8 +297,9 @@ bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *head
         return true;
     case FUSE_LOOKUP:
         return look_up(d, header, body, length);
-    case FUSE_INIT:
     case FUSE_GETATTR:
+        return get_attributes(d, header);
+    case FUSE_INIT:
     case FUSE_FORGET:
     case FUSE_BATCH_FORGET:
     case FUSE_READLINK:

@@ -36,6 +36,7 @@ struct pbk_nodes {
     struct pbk_index_set indexes;
     struct pbk_gate gate;
     struct pbk_names names;
+    struct pbk_directories directories;
     struct pbk_counters counters;
     pthread_mutex_t stripes[PBK_N_STRIPES];
     pthread_rwlock_t table_lock; /* guards what follows */
@@ -69,6 +70,7 @@ struct pbk_node {
     uint64_t ino;
     struct pbk_node *next; /* table_lock */
     atomic_uint n_handles;
+    atomic_uint n_links;
     atomic_uint_fast64_t n_reads;   /* how much the file is in use */
     atomic_uint_fast64_t n_changes; /* the same; counted at the end of a change */
 

@@ -477,6 +477,25 @@ int pbk_node_stat(struct pbk_node *node, struct stat *st)
     return err;
 }
 
+void pbk_node_set_links(struct pbk_node *node, unsigned n_links)
+{
+    atomic_store_explicit(&node->n_links, n_links, memory_order_relaxed);
+}
+
+int pbk_node_describe(struct pbk_node *node, struct stat *st)
+{
+    int err = pbk_node_stat(node, st);
+    if (err)
+        return err;
+    st->st_nlink = atomic_load_explicit(&node->n_links, memory_order_relaxed);
+    /* A mapped object is full of holes that are no holes of the file. An object never changes its kind. */
+    pthread_rwlock_rdlock(&node->lock);
+    if (node->object->is_mapped)
+        st->st_blocks = (st->st_size + 511) / 512;
+    pthread_rwlock_unlock(&node->lock);
+    return 0;
+}
+
 int pbk_node_utimens(struct pbk_node *node, const struct timespec ts[2])
 {
     int fd;

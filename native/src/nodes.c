@@ -45,6 +45,8 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
         goto no_gate;
     if (pbk_names_init(&nodes->names) != 0)
         goto no_names;
+    if (pbk_directories_init(&nodes->directories) != 0)
+        goto no_directories;
     if (pthread_rwlock_init(&nodes->table_lock, NULL) != 0)
         goto no_lock;
     for (unsigned i = 0; i < PBK_N_STRIPES; i++)
@@ -52,6 +54,8 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
     return nodes;
 
 no_lock:
+    pbk_directories_destroy(&nodes->directories);
+no_directories:
     pbk_names_destroy(&nodes->names);
 no_names:
     pbk_gate_destroy(&nodes->gate);
@@ -97,6 +101,7 @@ void pbk_nodes_free(struct pbk_nodes *nodes)
     for (unsigned i = 0; i < PBK_N_STRIPES; i++)
         pthread_mutex_destroy(&nodes->stripes[i]);
     pthread_rwlock_destroy(&nodes->table_lock);
+    pbk_directories_destroy(&nodes->directories);
     pbk_names_destroy(&nodes->names);
     pbk_gate_destroy(&nodes->gate);
     pbk_index_set_destroy(&nodes->indexes);
@@ -109,6 +114,17 @@ void pbk_nodes_free(struct pbk_nodes *nodes)
 struct pbk_names *pbk_nodes_names(struct pbk_nodes *nodes)
 {
     return &nodes->names;
+}
+
+struct pbk_directories *pbk_nodes_directories(struct pbk_nodes *nodes)
+{
+    return &nodes->directories;
+}
+
+bool pbk_nodes_answer_directory(struct pbk_nodes *nodes, uint64_t ino, void (*answer)(void *arg, const struct stat *),
+                                void *arg)
+{
+    return pbk_directories_answer(&nodes->directories, ino, answer, arg);
 }
 
 bool pbk_nodes_is_absent(struct pbk_nodes *nodes, uint64_t directory, const void *name, size_t length)
@@ -248,6 +264,7 @@ int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const st
     if (node == NULL)
         return -ENOMEM;
     atomic_init(&node->n_refs, 1);
+    atomic_init(&node->n_links, 1);
     node->nodes = nodes;
     node->ino = ino;
     node->below_size = size;

@@ -87,6 +87,17 @@ bool pbk_nodes_is_absent(struct pbk_nodes *nodes, uint64_t directory, const void
     return directory == 1 && length == 7 && memcmp(name, "missing", 7) == 0;
 }
 
+bool pbk_nodes_answer_directory(struct pbk_nodes *nodes, uint64_t ino, void (*answer)(void *arg, const struct stat *),
+                                void *arg)
+{
+    (void)nodes;
+    struct stat st = {.st_mode = S_IFDIR | 0700, .st_nlink = 7};
+    if (ino != 1)
+        return false;
+    answer(arg, &st);
+    return true;
+}
+
 void pbk_node_put(struct pbk_node *node)
 {
     CHECK(atomic_fetch_sub(&node->n_refs, 1) > 0);
@@ -138,7 +149,15 @@ int pbk_node_fallocate(struct pbk_node *node, struct pbk_ctx *ctx, int mode, uin
     return mode ? -ENOSYS : 0;
 }
 
-int pbk_node_stat(struct pbk_node *node, struct stat *st)
+int pbk_node_truncate(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size)
+{
+    (void)ctx;
+    if (!atomic_load(&node->has_object))
+        return PBK_NO_OBJECT;
+    return size > NODE_BYTES ? -EFBIG : 0;
+}
+
+int pbk_node_describe(struct pbk_node *node, struct stat *st)
 {
     if (!atomic_load(&node->has_object))
         return PBK_NO_OBJECT;
@@ -526,6 +545,14 @@ static void *caller_main(void *arg)
         struct fuse_attr_out attr;
         CHECK(call(stage, FUSE_SETATTR, ino, &setattr, sizeof setattr, &attr, sizeof attr) == 0);
         CHECK(attr.attr.ino == ino && attr.attr_valid == 0);
+        setattr = (struct fuse_setattr_in){.valid = FATTR_SIZE | FATTR_MTIME | FATTR_CTIME, .size = NODE_BYTES};
+        CHECK(call(stage, FUSE_SETATTR, ino, &setattr, sizeof setattr, &attr, sizeof attr) == 0);
+        CHECK(attr.attr.ino == ino && attr.attr_valid == PBK_FUSE_VALID_S && attr.attr.nlink == 1);
+        setattr.size = NODE_BYTES + 1;
+        CHECK(call(stage, FUSE_SETATTR, ino, &setattr, sizeof setattr, &attr, sizeof attr) == -EFBIG);
+        struct fuse_getattr_in getattr = {.fh = 0};
+        CHECK(call(stage, FUSE_GETATTR, 1, &getattr, sizeof getattr, &attr, sizeof attr) == 0);
+        CHECK(attr.attr.ino == 1 && attr.attr_valid == PBK_FUSE_VALID_S && attr.attr.nlink == 7);
 
         struct fuse_fsync_in fsync_in = {.fh = ino, .fsync_flags = round & 1};
         CHECK(call(stage, FUSE_FSYNC, ino, &fsync_in, sizeof fsync_in, NULL, 0) == 0);

@@ -73,6 +73,12 @@ class Contents:
             except BaseException:
                 self.nodes.remove(file.ino)
                 raise
+        self.note_names(file)
+
+    def note_names(self, inode: Inode) -> None:
+        """Tell the native half how many names a file has: it answers for its attributes, too."""
+        if isinstance(inode, File) and self.nodes.has(inode.ino):
+            self.nodes.set_links(inode.ino, inode.n_names)
 
     def _attach(self, file: File, piece: Piece, *, is_fresh: bool = False) -> None:
         page_map = self._diff.page_maps.get(piece.object_id, EMPTY_MAP)

@@ -125,6 +125,8 @@ class Tree:
         self._contents.close_unused(inode)
         if inode.parent is None:
             self._namespace.forget(inode)
+            if isinstance(inode, Directory):
+                self.nodes.directory_changes(inode.ino)
 
     def readdir(self, ino: int, start: int) -> Iterator[tuple[bytes, Attr, int]]:
         """Yield (name, attributes, cookie) of the entries after cookie ``start`` (0: all).
@@ -139,7 +141,30 @@ class Tree:
 
     def getattr(self, ino: int) -> Attr:
         """Return the attributes of an inode, also of one without a name."""
-        return self._attributes.read(self._namespace.get(ino))
+        inode = self._namespace.get(ino)
+        if isinstance(inode, Directory):
+            return self._announce(inode)
+        return self._attributes.read(inode)
+
+    def _announce(self, directory: Directory) -> Attr:
+        """Let the native half answer for the attributes of a directory; returns them.
+
+        After every change, before the kernel hears of it: it asks again after each.
+        """
+        attr = self._attributes.read(directory)
+        self.nodes.directory_is(
+            attr.ino,
+            attr.mode,
+            attr.nlink,
+            attr.uid,
+            attr.gid,
+            attr.size,
+            attr.atime_ns,
+            attr.mtime_ns,
+            attr.ctime_ns,
+            attr.blocks,
+        )
+        return attr
 
     def setattr(
         self,
@@ -169,7 +194,7 @@ class Tree:
                 mtime_ns = time.time_ns()
         permissions = None if mode is None else stat.S_IMODE(mode)
         self._attributes.change(inode, Change(permissions, uid, gid, atime_ns, mtime_ns))
-        return self._attributes.read(inode)
+        return self.getattr(ino)
 
     def readlink(self, ino: int) -> bytes:
         """Return a symbolic link's target."""
@@ -241,6 +266,8 @@ class Tree:
     def _added(self, directory: Directory, name: bytes, inode: Inode) -> Attr:
         self._namespace.add(directory, name, inode)
         touch(directory)
+        self._announce(directory)
+        self._contents.note_names(inode)
         inode.nlookup += 1
         return self._attributes.read(inode)
 
@@ -262,6 +289,7 @@ class Tree:
         self._append(records.Remove(self._namespace.path_in(directory, name)), "remove")
         inode = self._namespace.drop(directory, name)
         touch(directory)
+        self._announce(directory)
         self._name_lost(inode)
 
     def rename(
@@ -290,14 +318,20 @@ class Tree:
             new_name,
             is_exchange=bool(flags & RENAME_EXCHANGE),
         )
-        touch(old_directory)
-        touch(new_directory)
+        for directory in (old_directory, new_directory):
+            touch(directory)
+            self._announce(directory)
         moved.ctime_ns = time.time_ns()
+        if isinstance(moved, Directory):
+            self.nodes.directory_changes(moved.ino)
         if replaced is not None:
             self._name_lost(replaced)
 
     def _name_lost(self, inode: Inode) -> None:
         inode.ctime_ns = time.time_ns()
+        self._contents.note_names(inode)
+        if isinstance(inode, Directory):
+            self.nodes.directory_changes(inode.ino)
         if inode.parent is not None:
             return
         self._contents.doom(inode)
@@ -360,6 +394,7 @@ class Tree:
         for inode in apply_wal_out(self._namespace):
             self._name_lost(inode)
         touch(self._namespace.root)
+        self._announce(self._namespace.root)
 
     def link_out(self, target: Path) -> None:
         """Make the empty directory ``target`` this tree in plain files, linked to the objects.

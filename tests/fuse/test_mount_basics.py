@@ -562,3 +562,56 @@ def test_a_bug_fails_one_request(serve: Callable[..., Served]) -> None:
     assert (served.path / "file").read_bytes() == b"lives"
     assert "planted bug" in served.log
     assert "Traceback" in served.log
+
+
+def test_attributes_follow_every_change_of_names(mnt: Path) -> None:
+    """They are answered natively, from what the tree has told: it must not forget to."""
+    outer, inner = mnt / "outer", mnt / "outer/inner"
+    seen: list[int] = []
+
+    def changed(path: Path, nlink: int) -> None:
+        found = path.stat()
+        assert found.st_nlink == nlink
+        assert found.st_mtime_ns == found.st_ctime_ns
+        assert found.st_mtime_ns not in seen
+        seen.append(found.st_mtime_ns)
+
+    outer.mkdir()
+    changed(outer, 2)
+    inner.mkdir()
+    changed(outer, 3)
+    changed(inner, 2)
+    (inner / "file").touch()
+    changed(inner, 2)
+    (inner / "file").rename(outer / "file")
+    changed(inner, 2)
+    changed(outer, 3)
+    os.link(outer / "file", outer / "second")
+    changed(outer, 3)
+    assert (outer / "file").stat().st_nlink == 2
+    os.truncate(outer / "second", 100)
+    assert (outer / "file").stat().st_nlink == 2
+    (outer / "file").unlink()
+    changed(outer, 3)
+    os.truncate(outer / "second", 50)
+    found = (outer / "second").stat()
+    assert (found.st_nlink, found.st_size) == (1, 50)
+    os.symlink("target", outer / "link")
+    changed(outer, 3)
+    inner.rmdir()
+    changed(outer, 2)
+    outer.chmod(0o711)
+    assert stat.S_IMODE(outer.stat().st_mode) == 0o711
+    os.utime(outer, ns=(1, 2))
+    assert (outer.stat().st_atime_ns, outer.stat().st_mtime_ns) == (1, 2)
+
+
+def test_truncating_a_file_without_a_name(mnt: Path) -> None:
+    with open(mnt / "file", "w+b") as file:
+        file.write(b"x" * 100)
+        file.flush()
+        (mnt / "file").unlink()
+        os.ftruncate(file.fileno(), 10)
+        found = os.fstat(file.fileno())
+        assert (found.st_nlink, found.st_size) == (0, 10)
+        assert os.pread(file.fileno(), 100, 0) == b"x" * 10

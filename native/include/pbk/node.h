@@ -34,6 +34,10 @@ struct pbk_ctx;
 /* Whether nothing has this name in this directory, for sure: see names.h. */
 bool pbk_nodes_is_absent(struct pbk_nodes *, uint64_t directory, const void *name, size_t length);
 
+/* Calls answer with the attributes of a directory; false if they are not known: see directories.h. */
+bool pbk_nodes_answer_directory(struct pbk_nodes *, uint64_t ino, void (*answer)(void *arg, const struct stat *),
+                                void *arg);
+
 /* Buffers and decompressor of one thread. max_io is the longest read or write it will be used for; longer reads are cut
  * to it. NULL if there is no memory. */
 struct pbk_ctx *pbk_ctx_new(size_t max_io);
@@ -58,7 +62,8 @@ ssize_t pbk_node_read(struct pbk_node *, struct pbk_ctx *, uint64_t off, size_t 
 ssize_t pbk_node_write(struct pbk_node *, struct pbk_ctx *, uint64_t off, const void *data, size_t len);
 int pbk_node_fallocate(struct pbk_node *, struct pbk_ctx *, int mode, uint64_t off, uint64_t len);
 int pbk_node_truncate(struct pbk_node *, struct pbk_ctx *, uint64_t size);
-int pbk_node_stat(struct pbk_node *, struct stat *);
+int pbk_node_stat(struct pbk_node *, struct stat *);     /* of the object */
+int pbk_node_describe(struct pbk_node *, struct stat *); /* of the file, as the tree shows it */
 int pbk_node_utimens(struct pbk_node *, const struct timespec ts[2]);
 
 /* Returns when all that was written before is durable: object, page map, and the journal up to its newest record. Without

@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "pbk/directories.h"
 #include "pbk/journal.h"
 #include "pbk/names.h"
 #include "pbk/node.h"
@@ -51,6 +52,7 @@ void pbk_nodes_free(struct pbk_nodes *);  /* nobody holds a node any more */
 
 /* Kept by whoever keeps the names; lives as long as the nodes. */
 struct pbk_names *pbk_nodes_names(struct pbk_nodes *);
+struct pbk_directories *pbk_nodes_directories(struct pbk_nodes *);
 
 /* Registers a file without an object; size is what a reader sees. -EEXIST, -EINVAL, -ENOMEM. */
 int pbk_nodes_add(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
@@ -72,6 +74,9 @@ struct pbk_attach {
 };
 int pbk_node_attach(struct pbk_node *, struct pbk_ctx *, const struct pbk_attach *);
 bool pbk_node_has_object(struct pbk_node *);
+
+/* How many names the file has; 1 until somebody says otherwise. */
+void pbk_node_set_links(struct pbk_node *, unsigned n_links);
 
 /*
  * Hydration: blocks of a mapped object that it has not got yet are copied up as they are below, from off on until about len
