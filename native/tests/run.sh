@@ -25,12 +25,20 @@ sources_of() {
     esac
 }
 
+# The calls that a test takes over.
+wraps_of() {
+    [ "$1" = test_power_cut ] || return 0
+    for call in pwritev_full pwrite_full ftruncate fdatasync fsync fallocate; do
+        echo "-Wl,--wrap=pbk_$call"
+    done
+}
+
 run() {
     name=$1
     kind=$2
     shift 2
     # shellcheck disable=SC2046,SC2086 # lists of words
-    "$cc" $flags "$@" "native/tests/$name.c" $(sources_of "$name") -o "$out/$name.$kind" $library
+    "$cc" $flags "$@" "native/tests/$name.c" $(sources_of "$name") $(wraps_of "$name") -o "$out/$name.$kind" $library
     printf '%s (%s): ' "$name" "$kind"
     (
         TMPDIR=$out
