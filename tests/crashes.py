@@ -138,6 +138,7 @@ class PowerCuts:
             if (mount.diff / "binding.json").exists():
                 run_pbkfs("check", "-d", mount.diff)
             mount.mount()
+            wait_until_reaped(mount)
             server = MountedServer(mount, self._bindir)
             server.start()
             ledger = Ledger()
@@ -328,7 +329,7 @@ def find_worker(mount: Mount) -> psutil.Process | None:
 
 
 def wait_until_reaped(mount: Mount) -> None:
-    """Wait until the postmaster that died with the worker is no zombie either.
+    """Wait until the postmaster that the cluster names is no zombie either.
 
     PostgreSQL takes one for alive, and init may take its time.
     """
