@@ -34,7 +34,9 @@ GROUPS: dict[str, Any] = {
     "restore": Restore,
 }
 COMPARED = ("micro", "postgres")  # groups that run on all sides
-SIDES = ("native", "raw", "zlib", "chain5", "chain5-zlib", "overlay", "fuse-overlayfs")
+SIDES = (
+    "native", "raw", "zlib", "chain5", "chain5-zlib", "hydrated", "overlay", "fuse-overlayfs",
+)  # fmt: skip
 
 
 def make_sides(group: str, data: Data, names: Sequence[str], options: list[str]) -> dict[str, Side]:
@@ -49,7 +51,11 @@ def make_sides(group: str, data: Data, names: Sequence[str], options: list[str])
                 continue
             sides[name] = OverlaySide(name, dataset.native, data.place, in_kernel=name == "overlay")
         else:
-            sides[name] = PbkfsSide(name, dataset.chains[name], data.place, SERVER_USER, options)
+            is_hydrated = name == "hydrated"
+            chain = dataset.chains["raw" if is_hydrated else name]
+            sides[name] = PbkfsSide(
+                name, chain, data.place, SERVER_USER, options, is_hydrated=is_hydrated
+            )
     return sides
 
 

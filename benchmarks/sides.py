@@ -187,12 +187,20 @@ class PbkfsSide(Side):
     """A mount of a chain, with a diff."""
 
     def __init__(
-        self, name: str, chain: Chain, place: Path, owner: str, options: Sequence[str] = ()
+        self,
+        name: str,
+        chain: Chain,
+        place: Path,
+        owner: str,
+        options: Sequence[str] = (),
+        *,
+        is_hydrated: bool = False,
     ) -> None:
         self.name = name
         self._chain = chain
         self._owner = owner
         self._options = list(options)
+        self._is_hydrated = is_hydrated
         self.diff = place / f"{name}-diff"
         self.path = place / name
         self._is_mounted = False
@@ -201,6 +209,8 @@ class PbkfsSide(Side):
         self.unmount()
         shutil.rmtree(self.diff, ignore_errors=True)
         self.mount()
+        if self._is_hydrated:
+            self.hydrate()
 
     def mount(self) -> None:
         self.path.mkdir(exist_ok=True)
@@ -232,6 +242,10 @@ class PbkfsSide(Side):
     def worker_cpu_s(self) -> float:
         pid = self.worker_pid()
         return process_cpu_s(pid) if pid else 0.0
+
+    def hydrate(self) -> None:
+        """Bring everything into the diff, and wait for it."""
+        run(*pbkfs_command(), "hydrate", "-D", self.path, "--watch", "--rate", "0")
 
     def counters(self) -> str:
         return run(*pbkfs_command(), "stat", "-D", self.path, "--format", "json", check=False)

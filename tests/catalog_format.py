@@ -46,9 +46,9 @@ def crc32c_reference(data: bytes | memoryview, crc: int = 0) -> int:
 
 _CRC32C_TABLE = _crc32c_table()
 try:
-    from pbkfs._native import crc32c
+    from pbkfs._native import crc32c as crc32c
 except ImportError:  # the writer is also run as a script, without the extension
-    crc32c = crc32c_reference
+    crc32c = crc32c_reference  # type: ignore[assignment]
 
 
 def pglz_compress(page: bytes) -> bytes:
