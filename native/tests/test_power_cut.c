@@ -28,7 +28,8 @@
 #define CHECK(condition)                                                                                               \
     do {                                                                                                               \
         if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s (call %u, operation %u)\n", __FILE__, __LINE__, #condition, n_calls, operation); \
+            fprintf(stderr, "%s:%d: %s (call %u, operation %u)\n", __FILE__, __LINE__, #condition, n_calls,            \
+                    operation);                                                                                        \
             abort();                                                                                                   \
         }                                                                                                              \
     } while (0)
@@ -530,8 +531,8 @@ static void check_recovered(const struct state *found)
         is_size_known = is_size_known || found->size == states[i].size;
     /* Or the write that was under way grew the file piece by piece. */
     if (n_states > 1 && scenario[operation].what == WRITE)
-        is_size_known = is_size_known ||
-                        (found->size > states[n_states - 2].size && found->size < states[n_states - 1].size);
+        is_size_known =
+            is_size_known || (found->size > states[n_states - 2].size && found->size < states[n_states - 1].size);
     CHECK(is_size_known);
     for (uint64_t at = 0; at < found->size; at += PBK_BLCKSZ) {
         size_t n = found->size - at < PBK_BLCKSZ ? (size_t)(found->size - at) : PBK_BLCKSZ;
