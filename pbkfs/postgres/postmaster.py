@@ -199,8 +199,11 @@ def running_data_dirs() -> list[Path]:
 
 
 def pid_is_used(pid: int) -> bool:
-    """Return whether any process has this pid now."""
-    return _start_ticks(pid) is not None
+    """Return whether any process has this pid now, be it a dead one that nobody has waited for.
+
+    PostgreSQL looks with kill(pid, 0), which finds those too.
+    """
+    return bool(_stat_fields(pid))
 
 
 def ping(host: str, port: int, user: str, timeout_s: float = 5.0) -> str:

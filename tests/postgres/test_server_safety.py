@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fix_postgres import ArchivedSource, Cluster, Programs, copy_tree
+from fix_postgres import ArchivedSource, Cluster, Programs, copy_tree, free_port
 from machine import MAJORS
 
 LIBRARIES = "pg_cron, pg_stat_statements, no_such_library, $libdir/no_such_other"
@@ -65,7 +65,8 @@ def test_a_poisoned_configuration(
     witness = server_place / "witness"
     witness.mkdir()
     poison(cluster, witness)
-    cluster.start("--port", "5998")
+    port = str(free_port())
+    cluster.start("--port", port)
     # Would wait for ever for production's standby, and open the connection to it.
     assert cluster.sql("set statement_timeout = '20s'", "create table mine as select 1 as n") == ""
     cluster.sql("select pg_switch_wal()", "checkpoint")
@@ -74,7 +75,7 @@ def test_a_poisoned_configuration(
         "data_directory": str(cluster.pgdata),
         "hba_file": str(cluster.pgdata / "pg_hba.conf"),
         "ident_file": str(cluster.pgdata / "pg_ident.conf"),
-        "port": "5998",
+        "port": port,
         "listen_addresses": "127.0.0.1",
         "archive_mode": "off",
         "archive_command": "(disabled)",

@@ -278,6 +278,23 @@ def test_a_stale_pid_file_whose_pid_is_another_process_now(newest_cluster: Clust
         other.wait()
 
 
+def test_a_stale_pid_file_whose_pid_nobody_has_waited_for(newest_cluster: Cluster) -> None:
+    cluster = newest_cluster
+    # kill(pid, 0), by which PostgreSQL looks, finds a dead child until its parent waits for it.
+    dead = subprocess.Popen(["true"], **cluster.programs.user.identity)
+    try:
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        pid_file = cluster.pgdata / "postmaster.pid"
+        pid_file.write_text(
+            f"{dead.pid}\n{cluster.pgdata}\n1700000000\n5432\n/tmp\n\n 1 2\nready\n"
+        )
+        cluster.programs.user.give(pid_file)
+        cluster.start()
+        assert cluster.status()["pid"] != dead.pid
+    finally:
+        dead.wait()
+
+
 def test_backends_that_outlived_their_postmaster_block_a_start(newest_cluster: Cluster) -> None:
     cluster = newest_cluster
     cluster.start()
