@@ -23,8 +23,10 @@ RUN_DIR_VARIABLE = "PBKFS_RUN_DIR"
 _LAST_PORT = 65535
 # sockaddr_un.sun_path, less the final NUL. Source: unix(7).
 _SUN_PATH_BYTES = 107
+# The hba file of ``--trust-local``, in the run directory.
+TRUSTING_HBA = "pg_hba.conf"
 # What a start may leave in the run directory, beside the socket.
-_OUR_FILES = ("pg_hba.conf", "wal_file.py", "wal.sock")
+_OUR_FILES = (TRUSTING_HBA, "wal_file.py", "wal.sock")
 _WILDCARDS = {"*": ("0.0.0.0", "::"), "0.0.0.0": ("0.0.0.0",), "::": ("::",)}
 
 

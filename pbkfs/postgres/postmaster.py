@@ -59,9 +59,13 @@ class Postmaster:
         except OSError:
             return None
 
+    def arguments(self) -> list[str]:
+        """Return its command line, of which the first word is the program."""
+        return os.fsdecode(_read(f"/proc/{self.pid}/cmdline")).split("\0")
+
     def bindirs(self) -> list[Path]:
         """Return where the other programs of the installation may be, likeliest first."""
-        command = Path(os.fsdecode(_read(f"/proc/{self.pid}/cmdline").split(b"\0")[0]))
+        command = Path(self.arguments()[0])
         program = self.executable()
         found = [command.parent] if command.is_absolute() else []
         return [*found, program.parent] if program else found

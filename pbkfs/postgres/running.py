@@ -17,7 +17,12 @@ from pbkfs.postgres.account import Account
 from pbkfs.postgres.binaries import Binaries, read_binaries
 from pbkfs.postgres.cluster import Cluster, is_in_recovery
 from pbkfs.postgres.launch import Started
-from pbkfs.postgres.network import Place, remove_run_directory
+from pbkfs.postgres.network import (
+    TRUSTING_HBA,
+    Place,
+    remove_run_directory,
+    run_directory,
+)
 from pbkfs.postgres.postmaster import Postmaster, find_postmaster, find_survivors, read_pid_file
 
 STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
@@ -103,7 +108,7 @@ def read_status(cluster: Cluster, user: str = "postgres") -> Status | None:
     return Status(
         running,
         place,
-        place.uri(user) if place else None,
+        place.uri(user, prefer_socket=_trusts_socket(cluster, running)) if place else None,
         state or "starting",
         in_recovery,
         is_paused,
@@ -112,6 +117,12 @@ def read_status(cluster: Cluster, user: str = "postgres") -> Status | None:
         running.log_path(),
         running.started_at(),
     )
+
+
+def _trusts_socket(cluster: Cluster, running: Postmaster) -> bool:
+    """Whether the server was started with ``--trust-local``: its hba file is then ours."""
+    path = run_directory(cluster.data_dir, cluster.owner) / TRUSTING_HBA
+    return f"hba_file={path}" in running.arguments()
 
 
 def _binaries_of(running: Postmaster) -> Binaries | None:

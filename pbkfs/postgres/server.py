@@ -27,6 +27,7 @@ from pbkfs.postgres.launch import (
     open_log,
 )
 from pbkfs.postgres.network import (
+    TRUSTING_HBA,
     Place,
     check_port,
     check_socket_directory,
@@ -238,7 +239,7 @@ def _plan_trusting_hba(cluster: Cluster, plan: SafeStart, run_dir: Path) -> None
         plan.notices.append("only the local socket is open: pg_hba.conf includes other files")
     else:
         text += kept
-    path = run_dir / "pg_hba.conf"
+    path = run_dir / TRUSTING_HBA
     write_for(cluster.owner, path, text.encode("utf-8", "surrogateescape"))
     plan.set("hba_file", str(path))
 

@@ -197,7 +197,9 @@ def test_trust_local_trusts_the_socket_and_nothing_else(newest_cluster: Cluster)
     assert cluster.sql("select 1") == "1"
     tcp = f"postgresql://postgres@127.0.0.1:{cluster.port}/postgres"
     assert "password" in _refusal(cluster, tcp)
-    assert "/" in cluster.status()["lsn"]
+    status = cluster.status()
+    assert "/" in status["lsn"]
+    assert status["uri"] == cluster.uri
     assert hba.read_bytes() == before
 
 
