@@ -15,12 +15,12 @@ typedef struct {
 
 static int dispatcher_init(Dispatcher *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"nodes", "fuse_fd", "n_readers", "n_fsync", "log_fd", NULL};
+    static char *names[] = {"nodes", "fuse_fd", "n_readers", "n_fsync", "log_fd", "hold_s", NULL};
     PyObject *nodes_object;
     int fuse_fd;
-    struct pbk_dispatcher_options options = {.n_readers = 0, .n_fsync = 4, .log_fd = -1};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|$IIi:Dispatcher", names, &nodes_object, &fuse_fd,
-                                     &options.n_readers, &options.n_fsync, &options.log_fd))
+    struct pbk_dispatcher_options options = {.n_readers = 0, .n_fsync = 4, .log_fd = -1, .hold_s = 0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|$IIii:Dispatcher", names, &nodes_object, &fuse_fd,
+                                     &options.n_readers, &options.n_fsync, &options.log_fd, &options.hold_s))
         return -1;
     if (self->dispatcher) {
         PyErr_SetString(PyExc_RuntimeError, "the dispatcher is already made");
@@ -183,7 +183,7 @@ static PyGetSetDef dispatcher_attributes[] = {
 };
 
 static PyType_Slot dispatcher_slots[] = {
-    {Py_tp_doc, "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1)"},
+    {Py_tp_doc, "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1, hold_s=0)"},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, dispatcher_init},
     {Py_tp_dealloc, dispatcher_dealloc},

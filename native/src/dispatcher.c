@@ -132,6 +132,7 @@ static int init_lists(struct pbk_dispatcher *d)
     d->notes.is_closed = true; /* until started */
     d->pool.fsync_tail = &d->pool.fsync_head;
     d->pool.retry_tail = &d->pool.retry_head;
+    d->pool.held_tail = &d->pool.held_head;
     return 0;
 }
 
@@ -155,6 +156,7 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
     d->n_fsync = options->n_fsync ? options->n_fsync : DEFAULT_FSYNC;
     if (d->n_fsync > PBK_MAX_POOL - 1)
         d->n_fsync = PBK_MAX_POOL - 1;
+    d->hold_s = options->hold_s;
 
     int pair[2] = {-1, -1};
     d->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -299,11 +301,14 @@ static void stop_pool(struct pbk_dispatcher *d)
     d->n_pool_running = 0;
     free_jobs(pool->fsync_head);
     free_jobs(pool->retry_head);
-    pool->fsync_head = pool->retry_head = NULL;
+    free_jobs(pool->held_head);
+    pool->fsync_head = pool->retry_head = pool->held_head = NULL;
     pool->fsync_tail = &pool->fsync_head;
     pool->retry_tail = &pool->retry_head;
+    pool->held_tail = &pool->held_head;
     atomic_store(&pool->n_fsync_queued, 0);
     atomic_store(&pool->n_retry_queued, 0);
+    atomic_store(&pool->n_held, 0);
 }
 
 static void stop_pump(struct pbk_dispatcher *d)
@@ -449,6 +454,7 @@ void pbk_dispatcher_counters(struct pbk_dispatcher *d, void (*visit)(void *arg, 
     visit(arg, "read_bytes", get(&c->read_bytes));
     visit(arg, "write_bytes", get(&c->write_bytes));
     visit(arg, "copy_up_waits", get(&c->parked));
+    visit(arg, "held", get(&c->held));
     visit(arg, "notified", get(&c->notified));
     visit(arg, "notify_errors", get(&c->notify_errors));
     visit(arg, "reply_errors", get(&c->reply_errors));
@@ -458,13 +464,14 @@ void pbk_dispatcher_counters(struct pbk_dispatcher *d, void (*visit)(void *arg, 
     visit(arg, "outbox", atomic_load_explicit(&d->outbox.n, memory_order_relaxed));
     visit(arg, "fsync_queue", atomic_load_explicit(&d->pool.n_fsync_queued, memory_order_relaxed));
     visit(arg, "retry_queue", atomic_load_explicit(&d->pool.n_retry_queued, memory_order_relaxed));
+    visit(arg, "waiting_for_space", atomic_load_explicit(&d->pool.n_held, memory_order_relaxed));
     visit(arg, "readers", d->n_readers);
 }
 
 void pbk_dispatcher_reset_counters(struct pbk_dispatcher *d)
 {
     struct pbk_counters *c = &d->counters;
-    _Atomic uint64_t *single[] = {&c->read_bytes,    &c->write_bytes,  &c->parked,        &c->notified,
+    _Atomic uint64_t *single[] = {&c->read_bytes,    &c->write_bytes,  &c->parked,        &c->held,       &c->notified,
                                   &c->notify_errors, &c->reply_errors, &c->stray_replies, &c->socket_full};
     for (uint32_t opcode = 0; opcode < PBK_N_OPCODES; opcode++) {
         atomic_store_explicit(&c->native[opcode], 0, memory_order_relaxed);

@@ -13,34 +13,63 @@
 /* False if the argument is shorter than the protocol says. Copied: a message need not be aligned for its structures. */
 #define PARSE(into, body, length) ((length) >= sizeof(into) && memcpy(&(into), (body), sizeof(into)))
 
+/* A copy-up finds its object gone again only if a seal came between, which is rare. */
+#define MAX_PARKED 16u
+
+/* The request as a job: that of a pool thread, which gives it away, or a new one. NULL: no memory. */
+static struct pbk_job *take_job(struct pbk_worker *worker, const struct fuse_in_header *header,
+                                const unsigned char *body, size_t length)
+{
+    struct pbk_job *job = worker->job;
+    worker->job = NULL;
+    return job ? job : pbk_job_new(header, body, length);
+}
+
 /* Asks Python to copy up (a write of nothing) and parks the request until it has. */
-static void park(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
+static void park(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
                  size_t length)
 {
-    struct pbk_job *job = pbk_job_new(header, body, length);
+    struct pbk_dispatcher *d = worker->dispatcher;
+    if (worker->job && worker->job->n_parked >= MAX_PARKED) {
+        pbk_dispatcher_log(d, "dispatcher: inode %llu has no object after its copy-up",
+                           (unsigned long long)header->nodeid);
+        pbk_reply(d, header->unique, -EIO, NULL, 0);
+        return;
+    }
+    struct pbk_job *job = take_job(worker, header, body, length);
     if (!job) {
         pbk_reply(d, header->unique, -ENOMEM, NULL, 0);
         return;
     }
+    job->n_parked++;
     struct {
         struct fuse_in_header header;
         struct fuse_write_in write;
     } message;
     memset(&message, 0, sizeof message);
-    message.header = *header;
+    message.header = job->header;
     message.header.opcode = FUSE_WRITE;
     message.header.len = sizeof message;
     message.header.total_extlen = 0;
-    message.write.fh = header->nodeid;
+    message.write.fh = job->header.nodeid;
     pbk_count(&d->counters.parked, 1);
     pbk_forward(d, &message, sizeof message, job);
 }
 
-/* For what is left when a request that had to wait finds no object again. */
-static int no_object(struct pbk_dispatcher *d, uint64_t ino)
+/* Whether a page that the kernel has written back waits for space; else its request is to be answered with the error. */
+static bool hold(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                 size_t length, const struct fuse_write_in *in, int error)
 {
-    pbk_dispatcher_log(d, "dispatcher: inode %llu has no object after its copy-up", (unsigned long long)ino);
-    return -EIO;
+    struct pbk_dispatcher *d = worker->dispatcher;
+    if ((error != -ENOSPC && error != -EDQUOT) || !(in->write_flags & FUSE_WRITE_CACHE) || d->hold_s == 0)
+        return false;
+    struct pbk_job *job = take_job(worker, header, body, length);
+    if (!job)
+        return false;
+    if (pbk_pool_hold(d, job))
+        return true;
+    worker->job = job; /* only one that was held before is refused, so it was this worker's */
+    return false;
 }
 
 static void read_file(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
@@ -68,7 +97,7 @@ static void read_file(struct pbk_worker *worker, const struct fuse_in_header *he
 }
 
 static void write_file(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
-                       size_t length, bool may_park)
+                       size_t length)
 {
     struct pbk_dispatcher *d = worker->dispatcher;
     struct fuse_write_in in;
@@ -93,11 +122,13 @@ static void write_file(struct pbk_worker *worker, const struct fuse_in_header *h
     }
     pbk_node_put(node);
     pbk_count(&d->counters.write_bytes, done);
-    if (got == PBK_NO_OBJECT && done == 0 && may_park) {
-        park(d, header, body, length);
+    if (got == PBK_NO_OBJECT) {
+        park(worker, header, body, length);
     } else if (done < in.size) {
-        int error = got == 0 ? -EIO : got == PBK_NO_OBJECT ? no_object(d, header->nodeid) : (int)got;
-        pbk_reply(d, header->unique, error, NULL, 0);
+        uint64_t unique = header->unique;
+        int error = got == 0 ? -EIO : (int)got;
+        if (!hold(worker, header, body, length, &in, error))
+            pbk_reply(d, unique, error, NULL, 0);
     } else {
         struct fuse_write_out out = {.size = in.size};
         pbk_reply(d, header->unique, 0, &out, sizeof out);
@@ -105,7 +136,7 @@ static void write_file(struct pbk_worker *worker, const struct fuse_in_header *h
 }
 
 static void fallocate_file(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
-                           size_t length, bool may_park)
+                           size_t length)
 {
     struct pbk_dispatcher *d = worker->dispatcher;
     struct fuse_fallocate_in in;
@@ -118,12 +149,10 @@ static void fallocate_file(struct pbk_worker *worker, const struct fuse_in_heade
         error = pbk_node_fallocate(node, worker->ctx, (int)in.mode, in.offset, in.length);
     if (node)
         pbk_node_put(node);
-    if (error == PBK_NO_OBJECT && may_park) {
-        park(d, header, body, length);
+    if (error == PBK_NO_OBJECT) {
+        park(worker, header, body, length);
         return;
     }
-    if (error == PBK_NO_OBJECT)
-        error = no_object(d, header->nodeid);
     /* ENOSYS would switch fallocate off for the whole mount, and glibc would write a byte into each block instead. */
     pbk_reply(d, header->unique, error == -ENOSYS ? -EOPNOTSUPP : error, NULL, 0);
 }
@@ -262,7 +291,7 @@ static void queue_fsync(struct pbk_dispatcher *d, const struct fuse_in_header *h
 }
 
 bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
-                    size_t length, bool may_park)
+                    size_t length)
 {
     struct pbk_dispatcher *d = worker->dispatcher;
     switch (header->opcode) {
@@ -270,13 +299,13 @@ bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *head
         read_file(worker, header, body, length);
         return true;
     case FUSE_WRITE:
-        write_file(worker, header, body, length, may_park);
+        write_file(worker, header, body, length);
         return true;
     case FUSE_FSYNC:
         queue_fsync(d, header, body, length);
         return true;
     case FUSE_FALLOCATE:
-        fallocate_file(worker, header, body, length, may_park);
+        fallocate_file(worker, header, body, length);
         return true;
     case FUSE_SETATTR:
         return set_attributes(worker, header, body, length);

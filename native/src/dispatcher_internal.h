@@ -4,7 +4,7 @@
  *   dispatcher.c          life: make, start, stop; counters
  *   dispatcher_reader.c   readers: take a request, answer or forward it
  *   dispatcher_hot.c      the requests that are answered from nodes
- *   dispatcher_pool.c     the pool: FSYNC, and requests that waited for a copy-up
+ *   dispatcher_pool.c     the pool: FSYNC, and requests that waited for a copy-up or for space
  *   dispatcher_pump.c     the pump and the notifier
  *   dispatcher_pending.c  what pyfuse3 owes an answer to
  *
@@ -30,11 +30,13 @@
 
 /*
  * A request that outlives its reader's buffer. Owned by one list or thread at a time: the reader that makes it, pending
- * (while pyfuse3 copies up), the pool's queues, the pool thread that runs and frees it.
+ * (while pyfuse3 copies up), the pool's queues, the pool thread that runs it and frees it or passes it on again.
  */
 struct pbk_job {
     struct pbk_job *next;
-    int error; /* of the copy-up: 0 or -errno */
+    int error;             /* of the copy-up: 0 or -errno */
+    unsigned n_parked;     /* how often it has waited for a copy-up */
+    uint64_t held_since_s; /* when it first found no space, CLOCK_MONOTONIC; 0: never */
     size_t length;
     struct fuse_in_header header;
     unsigned char body[];
@@ -81,15 +83,25 @@ struct pbk_notes {
     bool is_closed;
 };
 
-/* Queues of the pool. Locked by lock; the counts may be read without it. */
+/*
+ * Queues of the pool. Locked by lock; the counts may be read without it.
+ *
+ * Held are written-back pages that found no space: the kernel has taken them from their writer already, and an error would
+ * only surface in an fsync, where PostgreSQL panics. The first of them is tried again every now and then; once there is
+ * space for it, the others follow.
+ */
 struct pbk_pool {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     struct pbk_job *fsync_head, **fsync_tail;
     struct pbk_job *retry_head, **retry_tail;
+    struct pbk_job *held_head, **held_tail;
+    uint64_t held_retry_ns;    /* CLOCK_MONOTONIC; when the first of them is to be tried again */
+    bool is_trying_held;       /* a thread does so */
     unsigned n_fsyncs_running; /* at most n_fsync, so that a thread is left for retries */
     bool is_closed;
     _Atomic size_t n_fsync_queued, n_retry_queued;
+    _Atomic size_t n_held; /* all that have found no space and are not answered yet, queued or not */
 };
 
 /* A reader or a pool thread with what belongs to it alone. */
@@ -98,6 +110,7 @@ struct pbk_worker {
     pthread_t thread;
     struct pbk_ctx *ctx;
     unsigned char *buffer; /* readers: PBK_FUSE_BUFFER bytes */
+    struct pbk_job *job;   /* pool: what it runs, until it is passed on; NULL in a reader */
     struct iovec iov[PBK_N_IOV];
 };
 
@@ -105,7 +118,7 @@ struct pbk_worker {
 struct pbk_counters {
     _Atomic uint64_t native[PBK_N_OPCODES], forwarded[PBK_N_OPCODES];
     _Atomic uint64_t read_bytes, write_bytes;
-    _Atomic uint64_t parked, notified, notify_errors, reply_errors, stray_replies, socket_full;
+    _Atomic uint64_t parked, held, notified, notify_errors, reply_errors, stray_replies, socket_full;
 };
 
 /* Set before the first thread and constant after, but for the atomics, what the lists' own locks guard, and what life
@@ -119,6 +132,7 @@ struct pbk_dispatcher {
     int event_fd; /* connection gone */
     int wake_fd;  /* the pump: look at the outbox */
     unsigned n_readers, n_fsync;
+    int hold_s;
 
     _Atomic bool is_stopping;
     _Atomic bool is_gone;
@@ -168,15 +182,16 @@ void pbk_forward(struct pbk_dispatcher *, const void *message, size_t length, st
 /* Does not wait. 0, or -errno if the message is lost. */
 int pbk_send_to_python(struct pbk_dispatcher *, const void *message, size_t length);
 
-/* dispatcher_hot.c: true if the request was answered (or will be), false if pyfuse3 has to. may_park: a write without an
- * object goes to Python for a copy-up; without it, to the caller as EIO. */
-bool pbk_answer_hot(struct pbk_worker *, const struct fuse_in_header *, const unsigned char *body, size_t length,
-                    bool may_park);
+/* dispatcher_hot.c: true if the request was answered (or will be), false if pyfuse3 has to. In a pool thread header and body
+ * are those of worker->job, which is NULL afterwards if the request has to wait again. */
+bool pbk_answer_hot(struct pbk_worker *, const struct fuse_in_header *, const unsigned char *body, size_t length);
 
 /* dispatcher_pool.c */
 struct pbk_job *pbk_job_new(const struct fuse_in_header *, const unsigned char *body, size_t length);
 void pbk_pool_push_fsync(struct pbk_dispatcher *, struct pbk_job *);
 void pbk_pool_push_retry(struct pbk_dispatcher *, struct pbk_job *);
+/* Takes over a request that found no space, to try it again; false if it has waited long enough: then it is the caller's. */
+bool pbk_pool_hold(struct pbk_dispatcher *, struct pbk_job *);
 void *pbk_pool_main(void *worker);
 
 /* dispatcher_pump.c */

@@ -1,6 +1,6 @@
 /*
- * The pool: what may wait for the disk for long (FSYNC), and requests whose copy-up has ended. Called by readers and the
- * pump (push) and by the pool's own threads.
+ * The pool: what may wait for the disk for long (FSYNC), requests whose copy-up has ended, and pages that wait for space.
+ * Called by readers and the pump (push, hold) and by the pool's own threads.
  */
 #define _GNU_SOURCE
 #include "dispatcher_internal.h"
@@ -8,6 +8,17 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+
+#define HELD_RETRY_NS UINT64_C(250000000)
+#define NS_PER_S UINT64_C(1000000000)
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
+}
 
 struct pbk_job *pbk_job_new(const struct fuse_in_header *header, const unsigned char *body, size_t length)
 {
@@ -16,6 +27,8 @@ struct pbk_job *pbk_job_new(const struct fuse_in_header *header, const unsigned 
         return NULL;
     job->next = NULL;
     job->error = 0;
+    job->n_parked = 0;
+    job->held_since_s = 0;
     job->length = length;
     job->header = *header;
     if (length)
@@ -50,13 +63,49 @@ void pbk_pool_push_retry(struct pbk_dispatcher *d, struct pbk_job *job)
     push(&d->pool, &d->pool.retry_tail, &d->pool.n_retry_queued, job);
 }
 
-static struct pbk_job *take(struct pbk_job **head, struct pbk_job ***tail, _Atomic size_t *n)
+bool pbk_pool_hold(struct pbk_dispatcher *d, struct pbk_job *job)
+{
+    struct pbk_pool *pool = &d->pool;
+    uint64_t now = now_ns();
+    bool is_new = job->held_since_s == 0;
+    bool is_first = false;
+    if (is_new)
+        job->held_since_s = now / NS_PER_S + 1;
+    else if (d->hold_s > 0 && now / NS_PER_S >= job->held_since_s + (uint64_t)d->hold_s)
+        return false;
+
+    pthread_mutex_lock(&pool->lock);
+    bool is_closed = pool->is_closed;
+    if (is_closed) {
+        free(job);
+    } else if (is_new) {
+        job->next = NULL;
+        *pool->held_tail = job;
+        pool->held_tail = &job->next;
+        is_first = atomic_fetch_add_explicit(&pool->n_held, 1, memory_order_relaxed) == 0;
+    } else {
+        /* The one that was tried stays the first. */
+        job->next = pool->held_head;
+        if (!pool->held_head)
+            pool->held_tail = &job->next;
+        pool->held_head = job;
+    }
+    pool->held_retry_ns = now + HELD_RETRY_NS;
+    pthread_cond_signal(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+    if (is_new)
+        pbk_count(&d->counters.held, 1);
+    if (is_first)
+        pbk_dispatcher_log(d, "no space left for the diff: written pages wait until there is some");
+    return true;
+}
+
+static struct pbk_job *take(struct pbk_job **head, struct pbk_job ***tail)
 {
     struct pbk_job *job = *head;
     *head = job->next;
     if (!*head)
         *tail = head;
-    atomic_fetch_sub_explicit(n, 1, memory_order_relaxed);
     return job;
 }
 
@@ -76,12 +125,67 @@ static void run_fsync(struct pbk_dispatcher *d, const struct pbk_job *job)
     pbk_reply(d, job->header.unique, error == -ENOSYS ? -EIO : error, NULL, 0);
 }
 
-static void run_retry(struct pbk_worker *worker, const struct pbk_job *job)
+/* Whether the copy-up of a written-back page found no space, and the page waits for some now. */
+static bool hold_copy_up(struct pbk_dispatcher *d, struct pbk_job *job)
 {
+    struct fuse_write_in in;
+    if ((job->error != -ENOSPC && job->error != -EDQUOT) || d->hold_s == 0 || job->header.opcode != FUSE_WRITE)
+        return false;
+    memcpy(&in, job->body, sizeof in); /* it was long enough when it was parked */
+    if (!(in.write_flags & FUSE_WRITE_CACHE))
+        return false;
+    int error = job->error;
+    job->error = 0;
+    job->n_parked = 0;
+    if (pbk_pool_hold(d, job))
+        return true;
+    job->error = error;
+    return false;
+}
+
+static void run_retry(struct pbk_worker *worker, struct pbk_job *job)
+{
+    struct pbk_dispatcher *d = worker->dispatcher;
+    if (job->error && hold_copy_up(d, job))
+        return;
+    worker->job = job;
     if (job->error)
-        pbk_reply(worker->dispatcher, job->header.unique, job->error, NULL, 0);
-    else if (!pbk_answer_hot(worker, &job->header, job->body, job->length, false))
-        pbk_reply(worker->dispatcher, job->header.unique, -EIO, NULL, 0);
+        pbk_reply(d, job->header.unique, job->error, NULL, 0);
+    else if (!pbk_answer_hot(worker, &job->header, job->body, job->length))
+        pbk_reply(d, job->header.unique, -EIO, NULL, 0);
+    if (!worker->job)
+        return; /* it waits again */
+    bool was_held = job->held_since_s != 0;
+    free(worker->job);
+    worker->job = NULL;
+    if (was_held && atomic_fetch_sub_explicit(&d->pool.n_held, 1, memory_order_relaxed) == 1)
+        pbk_dispatcher_log(d, "no written page waits for space any more");
+}
+
+/* Tries the first of the held, one thread at a time. Pool locked, also on return. */
+static void try_held(struct pbk_worker *worker, struct pbk_pool *pool)
+{
+    struct pbk_job *job = take(&pool->held_head, &pool->held_tail);
+    pool->is_trying_held = true;
+    pool->held_retry_ns = 0; /* the next one at once, unless this one is held again */
+    pthread_mutex_unlock(&pool->lock);
+    run_retry(worker, job);
+    pthread_mutex_lock(&pool->lock);
+    pool->is_trying_held = false;
+}
+
+/* Waits for work, or for the time to look for space. Pool locked. */
+static void wait_for_work(struct pbk_pool *pool)
+{
+    if (!pool->held_head || pool->is_trying_held) {
+        pthread_cond_wait(&pool->wake, &pool->lock);
+        return;
+    }
+    struct timespec at = {
+        .tv_sec = (time_t)(pool->held_retry_ns / NS_PER_S),
+        .tv_nsec = (long)(pool->held_retry_ns % NS_PER_S),
+    };
+    pthread_cond_clockwait(&pool->wake, &pool->lock, CLOCK_MONOTONIC, &at);
 }
 
 void *pbk_pool_main(void *arg)
@@ -94,13 +198,16 @@ void *pbk_pool_main(void *arg)
     pthread_mutex_lock(&pool->lock);
     while (!pool->is_closed) {
         if (pool->retry_head) {
-            struct pbk_job *job = take(&pool->retry_head, &pool->retry_tail, &pool->n_retry_queued);
+            struct pbk_job *job = take(&pool->retry_head, &pool->retry_tail);
+            atomic_fetch_sub_explicit(&pool->n_retry_queued, 1, memory_order_relaxed);
             pthread_mutex_unlock(&pool->lock);
             run_retry(worker, job);
-            free(job);
             pthread_mutex_lock(&pool->lock);
+        } else if (pool->held_head && !pool->is_trying_held && now_ns() >= pool->held_retry_ns) {
+            try_held(worker, pool);
         } else if (pool->fsync_head && pool->n_fsyncs_running < d->n_fsync) {
-            struct pbk_job *job = take(&pool->fsync_head, &pool->fsync_tail, &pool->n_fsync_queued);
+            struct pbk_job *job = take(&pool->fsync_head, &pool->fsync_tail);
+            atomic_fetch_sub_explicit(&pool->n_fsync_queued, 1, memory_order_relaxed);
             pool->n_fsyncs_running++;
             pthread_mutex_unlock(&pool->lock);
             run_fsync(d, job);
@@ -108,7 +215,7 @@ void *pbk_pool_main(void *arg)
             pthread_mutex_lock(&pool->lock);
             pool->n_fsyncs_running--;
         } else {
-            pthread_cond_wait(&pool->wake, &pool->lock);
+            wait_for_work(pool);
         }
     }
     pthread_mutex_unlock(&pool->lock);

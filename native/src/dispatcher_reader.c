@@ -160,7 +160,7 @@ static void take_request(struct pbk_worker *worker, size_t length)
         return;
     }
     uint32_t slot = header.opcode < PBK_N_OPCODES ? header.opcode : 0;
-    if (pbk_answer_hot(worker, &header, worker->buffer + sizeof header, length - sizeof header, true)) {
+    if (pbk_answer_hot(worker, &header, worker->buffer + sizeof header, length - sizeof header)) {
         pbk_count(&d->counters.native[slot], 1);
     } else {
         pbk_count(&d->counters.forwarded[slot], 1);

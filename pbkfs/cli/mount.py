@@ -21,6 +21,20 @@ from pbkfs.errors import UnsupportedError, UsageError
 from pbkfs.units import parse_duration, parse_rate, parse_size
 
 
+def parse_on_full(text: str) -> int:
+    """Return seconds for ``wait:SECONDS``, -1 for ``wait``, 0 for ``error``."""
+    kind, colon, limit = text.strip().lower().partition(":")
+    if kind == "wait" and not colon:
+        return -1
+    if kind == "error" and not colon:
+        return 0
+    if kind == "wait":
+        seconds = int(parse_duration(limit))
+        if 0 < seconds < 1 << 31:
+            return seconds
+    raise UsageError(f"--on-full {text!r} is not understood", hint="Write wait, wait:60 or error.")
+
+
 @click.command(
     epilog="Without -B, --base or --empty the base of an existing diff is mounted again. "
     "The command returns when the mount point answers; the worker goes on in the background.",
@@ -124,6 +138,17 @@ from pbkfs.units import parse_duration, parse_rate, parse_size
     help="Bring the whole backup into the diff in the background, hottest files first, at most "
     "RATE bytes a second (50MB; default: no limit).",
 )
+@click.option(
+    "--on-full",
+    "full_wait_s",
+    type=parse_on_full,
+    default="wait",
+    envvar="PBKFS_ON_FULL",
+    show_default=True,
+    metavar="wait[:SEC]|error",
+    help="When the diff's disk is full: let written pages wait for space, or fail the fsync, upon "
+    "which PostgreSQL panics.",
+)
 @click.option("--perf-unsafe", is_flag=True, hidden=True)
 @click.option("--no-wal", is_flag=True, hidden=True)
 @debug_option
@@ -148,6 +173,7 @@ def command(
     log_sink: str,
     pid_file: Path | None,
     hydrate_rate: int | None,
+    full_wait_s: int,
     perf_unsafe: bool,
     no_wal: bool,
     debug: bool,
@@ -199,6 +225,7 @@ def command(
         ),
         pid_file=_absolute(pid_file),
         hydrate=hydrate_rate,
+        full_wait_s=full_wait_s,
     )
     opened = open_mount(request)
     for message, hint in opened.warnings:

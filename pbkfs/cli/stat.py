@@ -81,6 +81,8 @@ def format_statistics(found: dict[str, Any]) -> str:
         f"journal {format_bytes(disk['journal_bytes'])}, WAL {format_bytes(disk['wal_bytes'])}",
         "hydration": describe_hydration(found["hydration"]),
     }
+    if n_waiting := found["fuse"].get("waiting_for_space"):
+        fields["disk is full"] = f"{n_waiting} writes wait until there is space for the diff"
     text = format_fields(fields)
     for part in ("overlay", "fuse"):
         if found[part]:

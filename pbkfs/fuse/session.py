@@ -39,7 +39,10 @@ _BDI_SETTINGS = {"read_ahead_kb": "1024", "strict_limit": "0", "max_ratio": "100
 
 
 class Session:
-    """One mount of one tree on ``mountpoint``; ``fsname`` is what the list of mounts shows."""
+    """One mount of one tree on ``mountpoint``; ``fsname`` is what the list of mounts shows.
+
+    ``full_wait_s``: how long written-back pages wait for space, -1 for ever, 0 not at all.
+    """
 
     def __init__(
         self,
@@ -49,12 +52,14 @@ class Session:
         allow_other: bool,
         fsname: str,
         subtype: str = "pbkfs",
+        full_wait_s: int = -1,
     ) -> None:
         self._tree = tree
         self._mountpoint = Path(os.path.realpath(mountpoint))  # as the kernel lists it
         self._allow_other = allow_other
         self._fsname = fsname
         self._subtype = subtype
+        self._full_wait_s = full_wait_s
         self._fuse_fd = self._log_fd = self._native_log_fd = -1
         self._dispatcher: Dispatcher | None = None
         self._is_serving = False
@@ -77,7 +82,9 @@ class Session:
             logger.debug("write-back and read-ahead of %s: %s", self._mountpoint, done or "default")
             self._log_fd, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             self._native_log_fd = log_fd
-            self._dispatcher = Dispatcher(self._tree.nodes, self._fuse_fd, log_fd=log_fd)
+            self._dispatcher = Dispatcher(
+                self._tree.nodes, self._fuse_fd, log_fd=log_fd, hold_s=self._full_wait_s
+            )
         except BaseException:
             with contextlib.suppress(Exception):
                 mounting.detach(self._mountpoint)

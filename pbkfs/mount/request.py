@@ -52,6 +52,8 @@ class MountRequest:
     pid_file: Path | None = None
     hydrate: int | None = None
     """Bytes a second of hydration in the background, 0 for no limit; None: no hydration."""
+    full_wait_s: int = -1
+    """How long written pages wait for space on a full disk; -1: for ever, 0: not at all."""
 
     def names_base(self) -> bool:
         """Return whether the command line says anything about the base."""

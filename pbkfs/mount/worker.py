@@ -199,6 +199,7 @@ class Worker:
             opened.place.path,
             allow_other=opened.allow_other,
             fsname=str(opened.diff_path),
+            full_wait_s=opened.request.full_wait_s,
         )
         with trio.open_signal_receiver(*_ENDING, *_IGNORED) as signals:
             try:
@@ -308,9 +309,17 @@ class Worker:
         async with self._unmounting:
             if session.is_closed:
                 return
+            n_waiting = session.counters().get("waiting_for_space", 0)
+            if n_waiting and not is_forced:
+                raise BusyError(
+                    f"{n_waiting} writes to {path} wait for space on the file system of "
+                    f"{self.opened.diff_path}",
+                    hint="Make room there; --force unmounts without them.",
+                )
             try:
-                await trio.to_thread.run_sync(session.unmount)
-                return
+                if not n_waiting:
+                    await trio.to_thread.run_sync(session.unmount)
+                    return
             except BusyError:
                 if not is_forced:
                     raise await trio.to_thread.run_sync(_busy_error, path) from None
@@ -321,7 +330,12 @@ class Worker:
             session.close()
 
     async def _on_ping(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return {"pid": os.getpid(), "state": self.state, "version": pbkfs.__version__}
+        return {
+            "pid": os.getpid(),
+            "state": self.state,
+            "version": pbkfs.__version__,
+            "waiting_for_space": self.session_counters().get("waiting_for_space", 0),
+        }
 
     async def _on_stat(self, request: dict[str, Any]) -> dict[str, Any]:
         found = await statistics.collect(self)

@@ -5,7 +5,7 @@
  * that its end of a SOCK_SEQPACKET socketpair is the fuse device. They never take the interpreter's lock.
  *
  *   readers (n_readers)   read the fuse descriptor, answer or forward; never wait for Python
- *   pool (n_fsync + 1)    FSYNC (at most n_fsync at once), and what waited for a copy-up
+ *   pool (n_fsync + 1)    FSYNC (at most n_fsync at once), and what waited for a copy-up or for space
  *   pump (1)              replies of pyfuse3 to the kernel, and forwarded requests that found the socketpair full
  *   notifier (1)          invalidations: the kernel may make them wait for a page that a reader has to write first
  *
@@ -27,6 +27,7 @@ struct pbk_dispatcher_options {
     unsigned n_readers; /* 0: twice the cores, at least 4, at most 16 */
     unsigned n_fsync;   /* 0: 4 */
     int log_fd;         /* one text line per failure, never waits; -1: none. Borrowed. */
+    int hold_s;         /* for how long a written-back page waits for space; -1: for ever, 0: not at all */
 };
 
 /* Makes the socketpair and the event descriptors, no thread. nodes and fuse_fd are borrowed and must outlive the

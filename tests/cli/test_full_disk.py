@@ -1,0 +1,179 @@
+"""A full disk under the diff: written pages wait for space, and nothing is lost or failed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fix_mounts import run_pbkfs
+from fix_place import Place, mine
+
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a small file system")
+
+
+@pytest.fixture
+def small(at: Place) -> Iterator[Callable[[int], None]]:
+    """Put the diff on a file system of 16 MiB; called, it gives it another size in MiB."""
+    at.diff.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", at.diff], check=True)
+
+    def resize(n_mib: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={n_mib}m", at.diff], check=True)
+
+    try:
+        yield resize
+    finally:
+        at.close()
+        subprocess.run(["umount", at.diff], check=True)
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+_WRITE = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+content = sys.stdin.buffer.read()
+try:
+    assert os.pwrite(fd, content, 0) == len(content)
+    os.fsync(fd)
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
+class Writer:
+    """Overwrites a file and syncs it, in a process of its own: a close of its file waits, too."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        command = [sys.executable, "-c", _WRITE, path]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        assert self.process.stdin is not None
+        self.process.stdin.write(content)
+        self.process.stdin.close()
+
+    def is_waiting(self) -> bool:
+        return self.process.poll() is None
+
+    def error(self) -> int:
+        """Return the errno that it ended with, 0 for none."""
+        return self.process.wait(30)
+
+
+def add_relation(base: Path, n_mib: int) -> tuple[Path, bytes]:
+    content = random.Random(1).randbytes(n_mib * MIB)
+    path = base / "base" / "1" / "16384"
+    path.write_bytes(content)
+    return path, content
+
+
+def is_full(at: Place) -> bool:
+    return mine(at)[0]["state"] == "full"
+
+
+def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[int], None]) -> None:
+    at.expected += ["no space left", "waits for space any more"]
+    _, old = add_relation(base, 40)
+    at.mount("--base", base)
+    relation = at.mnt / "base" / "1" / "16384"
+    new = random.Random(2).randbytes(len(old))
+    writer = Writer(relation, new)
+    wait_for(lambda: is_full(at), "the disk should be full")
+    assert "disk is full" in run_pbkfs("stat", "-D", at.mnt).stdout
+    # Everything else goes on: what is there is read, and a change that needs no space is made.
+    assert (at.mnt / "PG_VERSION").read_text() == "15\n"
+    os.rename(at.mnt / "postgresql.conf", at.mnt / "renamed.conf")
+    refused = run_pbkfs("unmount", "-D", at.mnt, check=False)
+    assert refused.returncode == 8
+    assert "wait for space" in refused.stderr
+    assert writer.is_waiting()
+
+    small(64)
+    assert writer.error() == 0
+    assert relation.read_bytes() == new
+    assert not is_full(at)
+    run_pbkfs("unmount", "-D", at.mnt)
+    at.mount("--reuse")
+    assert relation.read_bytes() == new
+    assert (base / "base" / "1" / "16384").read_bytes() == old
+
+
+@pytest.mark.usefixtures("small")
+def test_a_copy_up_waits_for_space(at: Place, base: Path) -> None:
+    """A file that is copied whole needs all its space at once."""
+    at.expected += ["no space left", "waits for space any more"]
+    (base / "small").write_bytes(b"s" * MIB)
+    at.mount("--base", base)
+    filler = at.diff / "filler"
+    with open(filler, "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(65536))
+            file.flush()
+    writer = Writer(at.mnt / "small", b"new")
+    wait_for(lambda: is_full(at), "the disk should be full")
+    filler.unlink()
+    assert writer.error() == 0
+    assert (at.mnt / "small").read_bytes() == b"new" + b"s" * (MIB - 3)
+    run_pbkfs("unmount", "-D", at.mnt)
+
+
+@pytest.mark.parametrize("how", ["error", "wait:1"])
+def test_waiting_ends_in_an_error(
+    at: Place, base: Path, small: Callable[[int], None], how: str
+) -> None:
+    at.expected += ["no space left", "waits for space any more", "No space left on device"]
+    _, old = add_relation(base, 40)
+    at.mount("--base", base, "--on-full", how)
+    relation = at.mnt / "base" / "1" / "16384"
+    writer = Writer(relation, bytes(len(old)))
+    assert writer.error() == errno.ENOSPC
+    small(64)
+    # What could not be written is as it was or as it was to be, page by page; never anything else.
+    os.posix_fadvise(fd := os.open(relation, os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    run_pbkfs("unmount", "-D", at.mnt)
+    at.mount("--reuse")
+    found = relation.read_bytes()
+    assert len(found) == len(old)
+    pages = {
+        "old" if found[at:to] == old[at:to] else "new" if not any(found[at:to]) else "other"
+        for at, to in ((n, n + 8192) for n in range(0, len(old), 8192))
+    }
+    assert pages == {"old", "new"}
+
+
+@pytest.mark.usefixtures("small")
+def test_force_gives_up_what_waits(at: Place, base: Path) -> None:
+    at.expected += [
+        "no space left",
+        "waits for space any more",
+        "forced",
+        "No space left on device",
+    ]
+    add_relation(base, 40)
+    at.mount("--base", base)
+    writer = Writer(at.mnt / "base" / "1" / "16384", bytes(40 * MIB))
+    wait_for(lambda: is_full(at), "the disk should be full")
+    run_pbkfs("unmount", "-D", at.mnt, "--force")
+    assert writer.error() != 0
+
+
+@pytest.mark.parametrize("text", ["", "wait:", "wait:0", "never", "error:1", "wait:-1"])
+def test_bad_words(at: Place, text: str) -> None:
+    done = at.mount("--on-full", text, check=False)
+    assert done.returncode == 2
+    assert "not understood" in done.stderr
