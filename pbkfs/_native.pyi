@@ -174,6 +174,22 @@ class Nodes:
         """Hold every change of data; returns when none is under way. Closes nest."""
     def gate_open(self) -> None:
         """Undo one gate_close. ValueError if the gate is open."""
+    def prepare_seal(self, label: str, /) -> None:
+        """Take the memory that a seal needs, for all objects of now. The gate has to be closed, and
+        nothing may be attached before ``seal`` or ``cancel_seal``. ``label`` names the layer in log
+        lines. OSError, ValueError."""
+    def cancel_seal(self) -> None:
+        """Give it back. Idempotent."""
+    def seal(self, journal: Journal, objects_fd: int, /) -> None:
+        """Make all objects, which are synced, a part of what is below; from now on objects are
+        those below ``objects_fd``, and ``journal`` tells of them. Does not fail after
+        ``prepare_seal``. The old descriptors are needed as before."""
+    def sync(self) -> None:
+        """Return when all objects, their page records and the whole journal are durable. Raises the
+        first OSError, after trying all."""
+    def page_map(self, ino: int, /) -> tuple[bytes, int, bool, bytes] | None:
+        """Of a mapped object: changed blocks, limit, whether it is whole, hydrated blocks (as
+        ``scan_journal`` has them); None if there is none."""
     def counters(self) -> dict[str, int]: ...
     def reset_counters(self) -> None: ...
     def close(self) -> None: ...
@@ -190,7 +206,6 @@ class Dispatcher:
         n_readers: int = 0,
         n_fsync: int = 4,
         log_fd: int = -1,
-        hold_s: int = 0,
     ) -> Dispatcher: ...
     @property
     def socket_fd(self) -> int:

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pbkfs import _native, durable
 from pbkfs.cli.main import main
-from pbkfs.overlay import diff
+from pbkfs.overlay import layer as layers
 
 if __name__ == "__main__":
     log, label, n, *arguments = sys.argv[1:]
     _native.arm_steps(log, label, int(n))
     durable.on_step = _native.step
-    diff.COMPACTION_BYTES = 4096  # a short load's journal is small
+    layers.COMPACTION_BYTES = 4096  # a short load's journal is small
     main(arguments)

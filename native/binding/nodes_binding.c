@@ -6,8 +6,10 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include "pbk/bytes.h"
 #include "pbk/nodes.h"
 
 #define MAX_IO (1u << 20)
@@ -16,7 +18,8 @@
 struct nodes_object {
     PyObject_HEAD
     struct pbk_nodes *nodes;
-    PyObject *journal;
+    PyObject *journals;    /* list: the current one is the last, but an fsync may still work with those before */
+    struct pbk_seal *seal; /* prepared, or NULL */
     bool is_closed;
     unsigned n_idle;
     struct pbk_ctx *idle[MAX_IDLE_CTX];
@@ -71,17 +74,22 @@ static PyObject *nodes_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_DECREF(self);
         return PyErr_NoMemory();
     }
-    self->journal = Py_NewRef(journal);
+    self->journals = PyList_New(0);
+    if (self->journals == NULL || PyList_Append(self->journals, journal) < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
     return (PyObject *)self;
 }
 
 static void nodes_dealloc(struct nodes_object *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    pbk_nodes_cancel_seal(self->seal);
     pbk_nodes_free(self->nodes);
     while (self->n_idle > 0)
         pbk_ctx_free(self->idle[--self->n_idle]);
-    Py_XDECREF(self->journal);
+    Py_XDECREF(self->journals);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -96,6 +104,8 @@ static bool is_open(struct nodes_object *self)
 static PyObject *nodes_close(struct nodes_object *self, PyObject *Py_UNUSED(unused))
 {
     self->is_closed = true;
+    pbk_nodes_cancel_seal(self->seal);
+    self->seal = NULL;
     Py_BEGIN_ALLOW_THREADS
     pbk_nodes_clear(self->nodes);
     Py_END_ALLOW_THREADS
@@ -847,6 +857,114 @@ static PyObject *nodes_gate_open(struct nodes_object *self, PyObject *Py_UNUSED(
     Py_RETURN_NONE;
 }
 
+/* ---- sealing ---- */
+
+static PyObject *nodes_prepare_seal(struct nodes_object *self, PyObject *arg)
+{
+    int err;
+    struct pbk_seal *seal = NULL;
+    const char *label = PyUnicode_AsUTF8(arg);
+    if (label == NULL || !is_open(self))
+        return NULL;
+    if (self->seal != NULL) {
+        PyErr_SetString(PyExc_ValueError, "a seal is prepared already");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    err = pbk_nodes_prepare_seal(self->nodes, label, &seal);
+    Py_END_ALLOW_THREADS
+    if (err)
+        return pbk_binding_fail(err, NULL);
+    self->seal = seal;
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_cancel_seal(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    struct pbk_seal *seal = self->seal;
+    self->seal = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pbk_nodes_cancel_seal(seal);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_seal(struct nodes_object *self, PyObject *args)
+{
+    PyObject *journal;
+    int objects_fd;
+    if (!PyArg_ParseTuple(args, "Oi:seal", &journal, &objects_fd) || !is_open(self))
+        return NULL;
+    PyObject *module = PyType_GetModuleByDef(Py_TYPE(self), &pbk_module_def);
+    struct pbk_journal *core_journal = module != NULL ? pbk_binding_journal(module, journal) : NULL;
+    if (core_journal == NULL)
+        return NULL;
+    if (self->seal == NULL) {
+        PyErr_SetString(PyExc_ValueError, "no seal is prepared");
+        return NULL;
+    }
+    if (PyList_Append(self->journals, journal) < 0)
+        return NULL;
+    struct pbk_seal *seal = self->seal;
+    self->seal = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pbk_nodes_seal(seal, core_journal, objects_fd);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_sync(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    int err;
+    if (!is_open(self))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = pbk_nodes_sync(self->nodes);
+    Py_END_ALLOW_THREADS
+    if (err)
+        return pbk_binding_fail(err, NULL);
+    Py_RETURN_NONE;
+}
+
+static PyObject *bytes_of_words(const uint64_t *words, size_t n_words)
+{
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(n_words * 8));
+    uint8_t *to = bytes != NULL ? (uint8_t *)PyBytes_AS_STRING(bytes) : NULL;
+    for (size_t i = 0; bytes != NULL && i < n_words; i++)
+        pbk_put_u64(to + i * 8, words[i]);
+    return bytes;
+}
+
+static PyObject *nodes_page_map(struct nodes_object *self, PyObject *arg)
+{
+    uint64_t ino;
+    int err;
+    struct pbk_page_map map;
+    PyObject *result = NULL;
+    if (!pbk_binding_u64(arg, &ino))
+        return NULL;
+    struct pbk_node *node = get_node(self, ino);
+    if (node == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = pbk_node_page_map(node, &map);
+    pbk_node_put(node);
+    Py_END_ALLOW_THREADS
+    if (err == PBK_NO_OBJECT)
+        Py_RETURN_NONE;
+    if (err)
+        return pbk_binding_fail(err, NULL);
+    PyObject *changed = bytes_of_words(map.changed, map.n_words);
+    PyObject *hydrated = bytes_of_words(map.hydrated, map.n_words);
+    if (changed != NULL && hydrated != NULL)
+        result = Py_BuildValue("(OIOO)", changed, map.limit, map.is_whole ? Py_True : Py_False, hydrated);
+    Py_XDECREF(changed);
+    Py_XDECREF(hydrated);
+    free(map.changed);
+    free(map.hydrated);
+    return result;
+}
+
 static PyObject *nodes_counters(struct nodes_object *self, PyObject *Py_UNUSED(unused))
 {
     struct pbk_counter counters[64];
@@ -904,6 +1022,11 @@ static PyMethodDef methods[] = {
     {"drop_indexes", (PyCFunction)nodes_drop_indexes, METH_NOARGS, "Drop all loaded page indexes; bytes freed."},
     {"gate_close", (PyCFunction)nodes_gate_close, METH_NOARGS, "Hold all changes; returns when none is under way."},
     {"gate_open", (PyCFunction)nodes_gate_open, METH_NOARGS, "Let changes pass again."},
+    {"prepare_seal", (PyCFunction)nodes_prepare_seal, METH_O, "Take what a seal needs; the gate is closed."},
+    {"cancel_seal", (PyCFunction)nodes_cancel_seal, METH_NOARGS, "Give that back."},
+    {"seal", (PyCFunction)nodes_seal, METH_VARARGS, "All objects become what is below; go on in another layer."},
+    {"sync", (PyCFunction)nodes_sync, METH_NOARGS, "Make all objects and the journal durable."},
+    {"page_map", (PyCFunction)nodes_page_map, METH_O, "(changed, limit, whole, hydrated) of a mapped object, or None."},
     {"counters", (PyCFunction)nodes_counters, METH_NOARGS, "Counters since the last reset, and gauges."},
     {"reset_counters", (PyCFunction)nodes_reset_counters, METH_NOARGS, "Set the counters, not the gauges, to zero."},
     {"close", (PyCFunction)nodes_close, METH_NOARGS, "Forget all nodes."},

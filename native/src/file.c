@@ -102,6 +102,28 @@ void pbk_file_destroy(struct pbk_file_set *set, struct pbk_file *file)
     file->path = NULL;
 }
 
+void pbk_file_move(struct pbk_file_set *set, struct pbk_file *from, struct pbk_file *to)
+{
+    pthread_mutex_lock(&set->lock);
+    while (from->n_pins > 0) /* enforce_bound, as above */
+        pthread_cond_wait(&set->unpinned, &set->lock);
+    to->dir_fd = from->dir_fd;
+    to->flags = from->flags;
+    to->path = from->path;
+    to->fd = from->fd;
+    to->n_pins = 0;
+    to->newer = to->older = NULL;
+    atomic_store(&to->is_dirty, atomic_load(&from->is_dirty));
+    atomic_store(&to->sync_error, atomic_load(&from->sync_error));
+    if (from->fd >= 0) {
+        list_remove(set, from);
+        list_add_newest(set, to);
+    }
+    from->fd = -1;
+    from->path = NULL;
+    pthread_mutex_unlock(&set->lock);
+}
+
 /* An unlinked file can't be opened again: it keeps its descriptor. */
 static bool is_unlinked(int fd)
 {

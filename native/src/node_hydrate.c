@@ -168,7 +168,8 @@ int pbk_node_hydrate_sync(struct pbk_node *node)
         is_whole = !object->is_mapped || atomic_load(&object->is_whole);
         err = is_whole ? 0 : node_sync_object(node, true);
         if (err == 0 && !is_whole && is_all_durable(object)) {
-            err = nodes->journal != NULL ? pbk_journal_append_whole(nodes->journal, object->id) : 0;
+            struct pbk_journal *journal = object->store.journal;
+            err = journal != NULL ? pbk_journal_append_whole(journal, object->id) : 0;
             if (err == 0) {
                 is_whole = true;
                 atomic_store_explicit(&object->is_whole, true, memory_order_release);
@@ -181,6 +182,8 @@ int pbk_node_hydrate_sync(struct pbk_node *node)
         pbk_index_demote(&nodes->indexes, &node->index);
         for (unsigned i = 0; i < node->n_sources; i++)
             pbk_file_demote(&nodes->files, &node->sources[i].file);
+        for (unsigned i = 0; i < node->n_sealed; i++)
+            pbk_file_demote(&nodes->files, &node->sealed[i]->file);
     }
     pthread_rwlock_unlock(&node->lock);
     return err ? err : is_whole;

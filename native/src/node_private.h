@@ -28,9 +28,15 @@ struct pbk_counters {
     PBK_NODES_COUNTERS(PBK_COUNTER_FIELD, PBK_GAUGE_FIELD)
 };
 
-struct pbk_nodes {
-    struct pbk_journal *journal;
+/* Where new objects lie, and the journal that tells of them. */
+struct pbk_store {
+    struct pbk_journal *journal; /* NULL: nothing is recorded */
     int objects_fd;
+};
+
+struct pbk_nodes {
+    pthread_mutex_t store_lock; /* a leaf */
+    struct pbk_store store;     /* store_lock; of the layer that is written to now */
     struct pbk_log log;
     struct pbk_file_set files;
     struct pbk_index_set indexes;
@@ -48,6 +54,7 @@ struct pbk_nodes {
 /* The object of the diff. */
 struct pbk_object {
     uint64_t id;
+    struct pbk_store store; /* constant: its own, also when the nodes have gone on to the next */
     bool is_mapped;
     struct pbk_file file;
     uint32_t limit;                /* node lock */
@@ -74,13 +81,16 @@ struct pbk_node {
     atomic_uint_fast64_t n_reads;   /* how much the file is in use */
     atomic_uint_fast64_t n_changes; /* the same; counted at the end of a change */
 
-    /* Reads and writes hold it shared, truncate, punch and attach exclusively. */
+    /* Reads, writes and syncs hold it shared, truncate, punch, attach and seal exclusively. */
     pthread_rwlock_t lock;
-    atomic_uint_fast64_t size; /* grows under the shared lock, shrinks under the exclusive one */
-    struct pbk_object *object; /* node lock */
+    atomic_uint_fast64_t size;  /* grows under the shared lock, shrinks under the exclusive one */
+    struct pbk_object *object;  /* node lock */
+    uint64_t below_size;        /* node lock: size of the version below the object */
+    unsigned n_sealed;          /* node lock */
+    struct pbk_source **sealed; /* node lock: what was the object once, oldest first; they lie above the sources */
 
     /* Constant. */
-    uint64_t below_size;
+    uint64_t sources_size; /* size of the version that the sources are */
     unsigned n_sources;
     unsigned first_pages; /* sources from here on are of kind PAGES and are found through the index */
     struct pbk_source *sources;
@@ -102,7 +112,7 @@ enum place_kind {
 /* Where one block is. */
 struct place {
     enum place_kind kind;
-    int source; /* PLACE_OBJECT or a number in node->sources */
+    int source; /* PLACE_OBJECT, or for node_source */
     uint32_t length;
     uint32_t pos;
     const uint8_t *page; /* its 8192 bytes, once loaded */
@@ -121,6 +131,12 @@ struct pbk_ctx {
     uint16_t *members;    /* max_blocks */
     uint8_t *merge[2];    /* a page each, for the two ends of a write */
 };
+
+/* The source with this number: from 0 on the node's sources, from -2 downwards what was sealed. */
+static inline struct pbk_source *node_source(const struct pbk_node *node, int number)
+{
+    return number >= 0 ? &node->sources[number] : node->sealed[-2 - number];
+}
 
 static inline uint64_t blocks_of(uint64_t size)
 {
@@ -154,6 +170,10 @@ static inline bool object_has_changed(const struct pbk_object *object, uint64_t 
 {
     return !object->is_mapped || block >= object->limit || bit_is_set(object->changed, block);
 }
+
+/* nodes.c */
+struct pbk_store node_store(struct pbk_nodes *nodes);
+void node_free_object(struct pbk_nodes *nodes, struct pbk_object *object);
 
 /* node_read.c, node lock held in any mode. */
 

@@ -94,7 +94,8 @@ static int get_index(struct pbk_node *node, struct pbk_ctx *ctx, struct pbk_inde
     int err = 0;
     *index = pbk_index_get(&nodes->indexes, &node->index);
     if (*index == NULL) {
-        uint64_t n_blocks = blocks_of(node->below_size);
+        /* Whatever was sealed above them: blocks behind this end are never theirs. */
+        uint64_t n_blocks = blocks_of(node->sources_size);
         if (n_blocks > PBK_MAX_SEGMENT_BLOCKS)
             n_blocks = PBK_MAX_SEGMENT_BLOCKS;
         err = pbk_index_build(node->sources, node->first_pages, node->n_sources, (uint32_t)n_blocks, &nodes->files,
@@ -116,6 +117,15 @@ static int find_below(struct pbk_node *node, struct pbk_ctx *ctx, struct pbk_ind
 {
     *place = (struct place){.kind = PLACE_HOLE};
     if (block >= blocks_of(node->below_size))
+        return 0;
+    for (unsigned i = node->n_sealed; i-- > 0;) {
+        if (pbk_source_object_has(node->sealed[i], block)) {
+            place->kind = PLACE_DIRECT;
+            place->source = -2 - (int)i;
+            return 0;
+        }
+    }
+    if (block >= blocks_of(node->sources_size))
         return 0;
     for (unsigned i = 0; i < node->first_pages; i++) {
         const struct pbk_source *source = &node->sources[i];
@@ -177,21 +187,23 @@ static int read_object(struct pbk_node *node, uint8_t *to, uint64_t start, uint6
     return 0;
 }
 
-static int read_plain(struct pbk_node *node, const struct pbk_source *source, struct pbk_file *file, uint8_t *to,
-                      uint64_t start, uint64_t end)
+static int read_plain(struct pbk_node *node, int number, uint8_t *to, uint64_t start, uint64_t end)
 {
     struct pbk_nodes *nodes = node->nodes;
+    struct pbk_source *source = node_source(node, number);
     uint64_t have = node->below_size;
+    if (number >= 0 && node->sources_size < have)
+        have = node->sources_size;
     if (source->kind == PBK_SOURCE_RAW && source->size < have)
         have = source->size;
     size_t want = start >= have ? 0 : (size_t)((end < have ? end : have) - start);
     ssize_t r = 0;
     if (want > 0) {
-        int fd = pbk_file_acquire(&nodes->files, file);
+        int fd = pbk_file_acquire(&nodes->files, &source->file);
         r = fd;
         if (fd >= 0) {
             r = pbk_pread_full(fd, to, want, start);
-            pbk_file_release(&nodes->files, file);
+            pbk_file_release(&nodes->files, &source->file);
             count(&nodes->counters.base_reads, 1);
         }
         if (r < 0)
@@ -214,9 +226,7 @@ static int load_direct(struct pbk_node *node, struct pbk_ctx *ctx, const struct 
         end = rq->end;
     uint8_t *to = ctx->pages + (start - rq->first * PBK_BLCKSZ);
     int source = ctx->places[i].source;
-    int err = source == PLACE_OBJECT
-                  ? read_object(node, to, start, end)
-                  : read_plain(node, &node->sources[source], &node->sources[source].file, to, start, end);
+    int err = source == PLACE_OBJECT ? read_object(node, to, start, end) : read_plain(node, source, to, start, end);
     if (err)
         return err;
     for (size_t k = i; k < j; k++)
@@ -240,7 +250,7 @@ static bool is_sane_page(const uint8_t *page)
 static int unpack(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq, size_t i, const uint8_t *record)
 {
     struct place *place = &ctx->places[i];
-    const struct pbk_source *source = &node->sources[place->source];
+    const struct pbk_source *source = node_source(node, place->source);
     uint64_t block = rq->first + i;
     const uint8_t *payload = record + PBK_RECORD_HEADER;
     uint8_t *slot = ctx->pages + i * PBK_BLCKSZ;
@@ -274,7 +284,7 @@ static int unpack(struct pbk_node *node, struct pbk_ctx *ctx, const struct reque
 static int load_stored(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq, size_t i)
 {
     struct pbk_nodes *nodes = node->nodes;
-    struct pbk_source *source = &node->sources[ctx->places[i].source];
+    struct pbk_source *source = node_source(node, ctx->places[i].source);
     uint64_t start = ctx->places[i].pos;
     uint64_t end = start;
     size_t n_members = 0;
@@ -350,7 +360,7 @@ static int load(struct pbk_node *node, struct pbk_ctx *ctx, const struct request
             count(&node->nodes->counters.pages_hole, 1);
             break;
         case PLACE_DAMAGED:
-            err = fail(node, &node->sources[place->source], rq->first + i,
+            err = fail(node, node_source(node, place->source), rq->first + i,
                        "layer is damaged where it may store the page", -EIO);
             break;
         case PLACE_DIRECT: {
@@ -370,6 +380,23 @@ static int load(struct pbk_node *node, struct pbk_ctx *ctx, const struct request
     return err;
 }
 
+/* Bytes of a last, partial block behind the end of the sources are zeros, whatever its page has there. */
+static void blank_behind(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq)
+{
+    uint64_t block = node->sources_size / PBK_BLCKSZ;
+    size_t rest = (size_t)(node->sources_size % PBK_BLCKSZ);
+    if (rest == 0 || block < rq->first || block >= rq->first + rq->n || rq->end <= node->sources_size)
+        return;
+    size_t i = (size_t)(block - rq->first);
+    if (ctx->places[i].kind != PLACE_STORED)
+        return;
+    uint8_t *slot = ctx->pages + i * PBK_BLCKSZ;
+    if (ctx->places[i].page != slot)
+        memcpy(slot, ctx->places[i].page, rest);
+    memset(slot + rest, 0, PBK_BLCKSZ - rest);
+    ctx->places[i].page = slot;
+}
+
 int node_read_below(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t block, uint8_t page[PBK_BLCKSZ])
 {
     struct request rq = {.first = block, .n = 1, .off = block * PBK_BLCKSZ, .end = (block + 1) * PBK_BLCKSZ};
@@ -381,6 +408,7 @@ int node_read_below(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t block, 
         count(&node->nodes->counters.read_errors, 1);
         return err;
     }
+    blank_behind(node, ctx, &rq);
     uint64_t have = node->below_size - rq.off;
     size_t n = have < PBK_BLCKSZ ? (size_t)have : PBK_BLCKSZ;
     memcpy(page, ctx->places[0].page, n);
@@ -431,23 +459,6 @@ static int gather(struct pbk_ctx *ctx, const struct request *rq, struct iovec *i
     iov[1].iov_base = ctx->pages + (rq->off - rq->first * PBK_BLCKSZ);
     iov[1].iov_len = (size_t)(rq->end - rq->off);
     return 2;
-}
-
-/* Bytes of a last, partial block behind the end of the version below are zeros, whatever its page has there. */
-static void blank_behind(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq)
-{
-    uint64_t block = node->below_size / PBK_BLCKSZ;
-    size_t rest = (size_t)(node->below_size % PBK_BLCKSZ);
-    if (rest == 0 || block < rq->first || block >= rq->first + rq->n || rq->end <= node->below_size)
-        return;
-    size_t i = (size_t)(block - rq->first);
-    if (ctx->places[i].kind != PLACE_STORED)
-        return;
-    uint8_t *slot = ctx->pages + i * PBK_BLCKSZ;
-    if (ctx->places[i].page != slot)
-        memcpy(slot, ctx->places[i].page, rest);
-    memset(slot + rest, 0, PBK_BLCKSZ - rest);
-    ctx->places[i].page = slot;
 }
 
 int node_load_missing(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t first, size_t n)

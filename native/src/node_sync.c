@@ -81,7 +81,7 @@ static int sync_directory(struct pbk_node *node)
 {
     char name[4];
     snprintf(name, sizeof(name), "%02x", (unsigned)(node->object->id & 255));
-    int fd = openat(node->nodes->objects_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    int fd = openat(node->object->store.objects_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
         return -errno;
     pbk_step("object:directory:fsync");
@@ -111,7 +111,7 @@ static int sync_data(struct pbk_node *node, bool datasync)
 int node_sync_object(struct pbk_node *node, bool datasync)
 {
     struct pbk_object *object = node->object;
-    struct pbk_journal *journal = node->nodes->journal;
+    struct pbk_journal *journal = object->store.journal;
     struct range_list changed = {0};
     struct range_list hydrated = {0};
     int err = atomic_load(&object->file.sync_error);
@@ -162,8 +162,8 @@ int node_record_truncate(struct pbk_node *node)
     pthread_mutex_lock(&object->sync_lock);
     atomic_store(&object->is_unsettled, true);
     int err = node_sync_object(node, true);
-    if (err == 0 && node->nodes->journal != NULL)
-        object->settled_end = pbk_journal_end(node->nodes->journal);
+    if (err == 0 && object->store.journal != NULL)
+        object->settled_end = pbk_journal_end(object->store.journal);
     pthread_mutex_unlock(&object->sync_lock);
     return err;
 }
@@ -171,7 +171,7 @@ int node_record_truncate(struct pbk_node *node)
 int node_settle(struct pbk_node *node)
 {
     struct pbk_object *object = node->object;
-    struct pbk_journal *journal = node->nodes->journal;
+    struct pbk_journal *journal = object->store.journal;
     int err = 0;
     if (!atomic_load(&object->is_unsettled))
         return 0;
@@ -194,13 +194,14 @@ int pbk_node_fsync(struct pbk_node *node, bool datasync)
     int err = 0;
     count(&nodes->counters.fsyncs, 1);
     pthread_rwlock_rdlock(&node->lock);
+    struct pbk_journal *journal = node_store(nodes).journal;
     if (node->object != NULL) {
         pthread_mutex_lock(&node->object->sync_lock);
         err = node_sync_object(node, datasync);
         pthread_mutex_unlock(&node->object->sync_lock);
     }
     pthread_rwlock_unlock(&node->lock);
-    if (err == 0 && nodes->journal != NULL)
-        err = pbk_journal_sync(nodes->journal);
+    if (err == 0 && journal != NULL)
+        err = pbk_journal_sync(journal);
     return err;
 }

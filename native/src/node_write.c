@@ -90,8 +90,8 @@ static int mark_blocks(struct pbk_node *node, uint64_t first, uint64_t last, boo
     }
     if (n == 0)
         return 0;
-    if (node->nodes->journal != NULL) {
-        int err = pbk_journal_append_pages(node->nodes->journal, PBK_RECORD_PAGES_LIVE, object->id, ranges, n);
+    if (object->store.journal != NULL) {
+        int err = pbk_journal_append_pages(object->store.journal, PBK_RECORD_PAGES_LIVE, object->id, ranges, n);
         if (err)
             return err;
     }
@@ -460,12 +460,13 @@ int pbk_node_fallocate(struct pbk_node *node, struct pbk_ctx *ctx, int mode, uin
 
 /* ---- attributes ---- */
 
-int pbk_node_stat(struct pbk_node *node, struct stat *st)
+static int stat_object(struct pbk_node *node, struct stat *st, bool *is_mapped)
 {
     struct pbk_nodes *nodes = node->nodes;
     int err = PBK_NO_OBJECT;
     pthread_rwlock_rdlock(&node->lock);
     if (node->object != NULL) {
+        *is_mapped = node->object->is_mapped;
         int fd = pbk_file_acquire(&nodes->files, &node->object->file);
         err = fd;
         if (fd >= 0) {
@@ -477,6 +478,12 @@ int pbk_node_stat(struct pbk_node *node, struct stat *st)
     return err;
 }
 
+int pbk_node_stat(struct pbk_node *node, struct stat *st)
+{
+    bool is_mapped;
+    return stat_object(node, st, &is_mapped);
+}
+
 void pbk_node_set_links(struct pbk_node *node, unsigned n_links)
 {
     atomic_store_explicit(&node->n_links, n_links, memory_order_relaxed);
@@ -484,15 +491,14 @@ void pbk_node_set_links(struct pbk_node *node, unsigned n_links)
 
 int pbk_node_describe(struct pbk_node *node, struct stat *st)
 {
-    int err = pbk_node_stat(node, st);
+    bool is_mapped;
+    int err = stat_object(node, st, &is_mapped);
     if (err)
         return err;
     st->st_nlink = atomic_load_explicit(&node->n_links, memory_order_relaxed);
-    /* A mapped object is full of holes that are no holes of the file. An object never changes its kind. */
-    pthread_rwlock_rdlock(&node->lock);
-    if (node->object->is_mapped)
+    /* A mapped object is full of holes that are no holes of the file. */
+    if (is_mapped)
         st->st_blocks = (st->st_size + 511) / 512;
-    pthread_rwlock_unlock(&node->lock);
     return 0;
 }
 

@@ -31,8 +31,7 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
     struct pbk_nodes *nodes = calloc(1, sizeof(*nodes));
     if (nodes == NULL)
         return NULL;
-    nodes->journal = journal;
-    nodes->objects_fd = objects_fd;
+    nodes->store = (struct pbk_store){.journal = journal, .objects_fd = objects_fd};
     nodes->n_buckets = FIRST_BUCKETS;
     nodes->buckets = calloc(nodes->n_buckets, sizeof(struct pbk_node *));
     if (nodes->buckets == NULL || pbk_log_init(&nodes->log, log_fd) != 0)
@@ -49,8 +48,10 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
         goto no_directories;
     if (pthread_rwlock_init(&nodes->table_lock, NULL) != 0)
         goto no_lock;
+    /* These can't fail with default attributes on Linux. */
+    pthread_mutex_init(&nodes->store_lock, NULL);
     for (unsigned i = 0; i < PBK_N_STRIPES; i++)
-        pthread_mutex_init(&nodes->stripes[i], NULL); /* can't fail with default attributes on Linux */
+        pthread_mutex_init(&nodes->stripes[i], NULL);
     return nodes;
 
 no_lock:
@@ -100,6 +101,7 @@ void pbk_nodes_free(struct pbk_nodes *nodes)
     pbk_nodes_clear(nodes);
     for (unsigned i = 0; i < PBK_N_STRIPES; i++)
         pthread_mutex_destroy(&nodes->stripes[i]);
+    pthread_mutex_destroy(&nodes->store_lock);
     pthread_rwlock_destroy(&nodes->table_lock);
     pbk_directories_destroy(&nodes->directories);
     pbk_names_destroy(&nodes->names);
@@ -130,6 +132,14 @@ bool pbk_nodes_answer_directory(struct pbk_nodes *nodes, uint64_t ino, void (*an
 bool pbk_nodes_is_absent(struct pbk_nodes *nodes, uint64_t directory, const void *name, size_t length)
 {
     return pbk_names_is_absent(&nodes->names, directory, name, length);
+}
+
+struct pbk_store node_store(struct pbk_nodes *nodes)
+{
+    pthread_mutex_lock(&nodes->store_lock);
+    struct pbk_store store = nodes->store;
+    pthread_mutex_unlock(&nodes->store_lock);
+    return store;
 }
 
 /* ---- the table ---- */
@@ -199,7 +209,7 @@ int pbk_nodes_remove(struct pbk_nodes *nodes, uint64_t ino)
 
 /* ---- one node ---- */
 
-static void free_object(struct pbk_nodes *nodes, struct pbk_object *object)
+void node_free_object(struct pbk_nodes *nodes, struct pbk_object *object)
 {
     if (object == NULL)
         return;
@@ -216,7 +226,12 @@ static void free_object(struct pbk_nodes *nodes, struct pbk_object *object)
 static void free_node(struct pbk_node *node)
 {
     pbk_index_drop(&node->nodes->indexes, &node->index);
-    free_object(node->nodes, node->object);
+    node_free_object(node->nodes, node->object);
+    for (unsigned i = 0; i < node->n_sealed; i++) {
+        pbk_source_destroy(&node->nodes->files, node->sealed[i]);
+        free(node->sealed[i]);
+    }
+    free(node->sealed);
     for (unsigned i = 0; i < node->n_sources; i++)
         pbk_source_destroy(&node->nodes->files, &node->sources[i]);
     free(node->sources);
@@ -267,7 +282,7 @@ int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const st
     atomic_init(&node->n_links, 1);
     node->nodes = nodes;
     node->ino = ino;
-    node->below_size = size;
+    node->below_size = node->sources_size = size;
     atomic_init(&node->size, size);
     pthread_rwlock_init(&node->lock, NULL);
     pthread_mutex_init(&node->load_lock, NULL);
@@ -359,21 +374,22 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
     if (object == NULL)
         return -ENOMEM;
     pthread_mutex_init(&object->sync_lock, NULL);
+    object->store = node_store(nodes);
     object->id = attach->object;
     object->is_mapped = attach->is_mapped;
     object->is_fresh = attach->is_fresh;
     atomic_init(&object->is_whole, attach->is_whole);
     object->file.fd = -1;
     snprintf(path, sizeof(path), "%02x/%llx", (unsigned)(attach->object & 255), (unsigned long long)attach->object);
-    err = pbk_file_init(&object->file, nodes->objects_fd, path, O_RDWR);
+    err = pbk_file_init(&object->file, object->store.objects_fd, path, O_RDWR);
     if (err == 0 && attach->is_mapped) {
         object->limit =
             attach->limit < blocks_of(node->below_size) ? attach->limit : (uint32_t)blocks_of(node->below_size);
         object->recorded_limit = object->limit;
         err = init_bitmaps(object, attach, object->limit);
-        if (err == 0 && attach->limit != PBK_NO_LIMIT && nodes->journal != NULL) {
+        if (err == 0 && attach->limit != PBK_NO_LIMIT && object->store.journal != NULL) {
             /* The record may be known from this boot's page cache only. */
-            object->settled_end = pbk_journal_end(nodes->journal);
+            object->settled_end = pbk_journal_end(object->store.journal);
             atomic_store(&object->is_unsettled, true);
         }
     }
@@ -400,7 +416,7 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
     }
     node->object = object;
     atomic_store(&node->size, size);
-    if (attach->is_mapped && nodes->journal != NULL && size < node->below_size &&
+    if (attach->is_mapped && object->store.journal != NULL && size < node->below_size &&
         (object->limit > blocks_of(size) ||
          (size % PBK_BLCKSZ != 0 && !object_has_changed(object, size / PBK_BLCKSZ)))) {
         /* The worker or the machine died inside of a truncate, between the object and its LIMIT record: finish it, or the
@@ -414,7 +430,7 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
     if (err == 0)
         return 0;
 fail:
-    free_object(nodes, object);
+    node_free_object(nodes, object);
     return err;
 }
 
@@ -432,6 +448,8 @@ void pbk_node_released(struct pbk_node *node)
     pbk_index_demote(&nodes->indexes, &node->index);
     for (unsigned i = 0; i < node->n_sources; i++)
         pbk_file_demote(&nodes->files, &node->sources[i].file);
+    for (unsigned i = 0; i < node->n_sealed; i++)
+        pbk_file_demote(&nodes->files, &node->sealed[i]->file);
     if (node->object != NULL)
         pbk_file_demote(&nodes->files, &node->object->file);
     pthread_rwlock_unlock(&node->lock);

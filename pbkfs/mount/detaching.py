@@ -34,7 +34,8 @@ from pbkfs.mount.binding import Binding, read_binding
 from pbkfs.mount.hydrating import HydrationStatus
 from pbkfs.mount.request import reason
 from pbkfs.mount.target import Target, find_target
-from pbkfs.overlay.diff import OBJECTS, WAL, Diff, open_layers
+from pbkfs.overlay.diff import WAL, Diff, live_path, open_layers
+from pbkfs.overlay.layer import OBJECTS
 from pbkfs.overlay.superblock import Superblock, read_superblock
 from pbkfs.overlay.tree import Tree
 from pbkfs.units import format_bytes
@@ -110,7 +111,8 @@ def plan_detach(mountpoint: Path | None, diff: Path | None, to: Path | None) -> 
         return Plan(path, done, None, bound, record, True)
     is_mounted = target.entry is not None or target.has_worker()
     with _host_errors(path):
-        _check_target(wanted, path, target.mountpoint or Path(bound.mountpoint), record)
+        mountpoint = target.mountpoint or Path(bound.mountpoint)
+        _check_target(wanted, path, mountpoint, record, _device(path, superblock))
     return Plan(path, wanted, target if is_mounted else None, bound, record, False)
 
 
@@ -120,8 +122,18 @@ def _default_target(target: Target, bound: Binding, record: Record | None) -> Pa
     return target.mountpoint or Path(bound.mountpoint)
 
 
-def _check_target(target: Path, diff: Path, mountpoint: Path, record: Record | None) -> None:
-    """Raise UsageError, NotFoundError or HostError unless PGDATA can be put at ``target``."""
+def _device(diff: Path, superblock: Superblock) -> int:
+    """Return the device of the file system that the objects are on."""
+    return os.stat(live_path(diff, superblock) / OBJECTS).st_dev
+
+
+def _check_target(
+    target: Path, diff: Path, mountpoint: Path, record: Record | None, device: int
+) -> None:
+    """Raise UsageError, NotFoundError or HostError unless PGDATA can be put at ``target``.
+
+    ``device`` is that of the objects.
+    """
     parent = target.parent
     for what, place in (("diff", diff), ("mount point", mountpoint)):
         if place in target.parents or (target == place and what == "diff"):
@@ -143,7 +155,6 @@ def _check_target(target: Path, diff: Path, mountpoint: Path, record: Record | N
             f"{partial} exists already, and is not of an interrupted detach",
             hint="Move it away, or name another target: --to DIR.",
         )
-    device = os.stat(diff / OBJECTS).st_dev
     others = [part for part in (diff / WAL,) if part.exists() and os.stat(part).st_dev != device]
     if others or os.stat(parent).st_dev != device:
         where = others[0] if others else target
@@ -203,7 +214,7 @@ def _mark(plan: Plan, superblock: Superblock) -> None:
 
 def _link(plan: Plan, *, may_hydrate: bool, show: Callable[[HydrationStatus], None]) -> None:
     if os.path.lexists(plan.target):
-        _check_empty(plan.target, os.stat(plan.diff / OBJECTS).st_dev)
+        _check_empty(plan.target, _device(plan.diff, read_superblock(plan.diff)))
     with contextlib.ExitStack() as stack:
         base = open_base(plan.bound.base, force=True, owner=plan.bound.owner)
         stack.callback(base.close)
@@ -223,7 +234,7 @@ def _link(plan: Plan, *, may_hydrate: bool, show: Callable[[HydrationStatus], No
         _write_record(plan.diff, Record(str(plan.target), found.st_dev, found.st_ino))
         tree.link_out(partial)
         # Objects, links and directories: they are all on the diff's file system.
-        diff.sync_file_system()
+        diff.live.sync_file_system()
         durable.on_step("detach:rename")
     # The tree is closed: what it had to record is recorded.
     try:

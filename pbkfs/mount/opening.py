@@ -35,6 +35,7 @@ from pbkfs.mount.request import (
     reason,
 )
 from pbkfs.overlay.diff import Diff, open_layers
+from pbkfs.overlay.layer import Layer
 from pbkfs.overlay.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class OpenMount:
     lock: DiffLock
     base: Base
     diff: Diff
-    sealed: list[Diff]
+    sealed: list[Layer]
     tree: Tree
     log_pipe: int
     warnings: list[tuple[str, str | None]]

@@ -49,7 +49,6 @@ class Attributes:
 
     def __init__(self, stack: Stack, namespace: Namespace) -> None:
         self._stack = stack
-        self._diff = stack.live
         self._namespace = namespace
 
     def read(self, inode: Inode) -> Attr:
@@ -91,7 +90,7 @@ class Attributes:
                 ctime_ns=file.ctime_ns,
                 blocks=-(-file.size // _SECTOR_BYTES),
             )
-        found = self._diff.objects.stat(piece.object_id)
+        found = self._stack.live.objects.stat(piece.object_id)
         # A mapped object is full of holes that are no holes of the file: a tool that looks at
         # the blocks would take it for sparse.
         blocks = -(-found.st_size // _SECTOR_BYTES) if piece.is_mapped else found.st_blocks
@@ -113,7 +112,7 @@ class Attributes:
         if not isinstance(inode, SymbolicLink):
             raise fail(errno.EINVAL)
         if inode.target is None:
-            return os.fsencode(self._diff.wal_path)
+            return os.fsencode(self._stack.diff.wal_path)
         return inode.target
 
     def change(self, inode: Inode, change: Change) -> None:
@@ -127,7 +126,7 @@ class Attributes:
             self._change_memory(inode, change)
 
     def _change_object(self, piece: Piece, change: Change) -> None:
-        objects = self._diff.objects
+        objects = self._stack.live.objects
         with objects.pinned(piece.object_id) as path:
             found = objects.stat(piece.object_id)
             uid = found.st_uid if change.uid is None else change.uid
@@ -156,7 +155,7 @@ class Attributes:
                 change.mtime_ns or 0,
                 path,
             )
-            self._diff.append(record.encode(), label="attr")
+            self._stack.live.append(record.encode(), label="attr")
         if change.mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | change.mode
         if change.uid is not None:

@@ -19,16 +19,9 @@ from typing import Literal
 from pbkfs.backup.base import Base
 from pbkfs.errors import PbkfsError
 from pbkfs.overlay import journal as records
-from pbkfs.overlay.diff import (
-    EMPTY_MAP,
-    JOURNAL,
-    OBJECTS,
-    Diff,
-    Named,
-    PageMap,
-    open_layers,
-)
+from pbkfs.overlay.diff import Diff, open_layers
 from pbkfs.overlay.inode import File, SymbolicLink
+from pbkfs.overlay.layer import EMPTY_MAP, JOURNAL, OBJECTS, Layer, Named, PageMap
 from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.objects import object_path
 from pbkfs.overlay.replay import WAL_NAME, Replay, find_named
@@ -83,10 +76,10 @@ def check_diff(path: Path, base: Base | None) -> Report:
         if base is not None:
             with _as_findings(report, "base"):
                 check_base(superblock, base.identity, base.system_identifier, path)
-        with _as_findings(report, "journal"), closing(Diff.sealed(path)) as diff:
-            _check_journal(report, diff)
+        with _as_findings(report, "journal"), closing(Diff.read(path)) as diff:
+            _check_journal(report, diff.live)
             report.counts["layers"] = len(diff.superblock.layers)
-            layers: list[Diff] | None = None
+            layers: list[Layer] | None = None
             with _as_findings(report, "layers"):
                 layers = open_layers(diff)
             try:
@@ -110,13 +103,13 @@ def _as_findings(report: Report, kind: str) -> Iterator[None]:
         report.error(kind, f"cannot read {kind}: {(error.strerror or str(error)).lower()}{name}")
 
 
-def _check_journal(report: Report, diff: Diff) -> None:
-    report.counts["journal_bytes"] = diff.end
-    report.counts["names"] = len(diff.names)
-    tail = diff.read_tail()
+def _check_journal(report: Report, live: Layer) -> None:
+    report.counts["journal_bytes"] = live.end
+    report.counts["names"] = len(live.names)
+    tail = live.read_tail()
     if not tail:
         return
-    where = f"{len(tail)} bytes from byte {diff.end} of the journal on"
+    where = f"{len(tail)} bytes from byte {live.end} of the journal on"
     if records.has_later_mount(tail):
         report.error("journal", f"{where} are damaged: records of a later mount follow")
     else:
@@ -126,10 +119,10 @@ def _check_journal(report: Report, diff: Diff) -> None:
 class _Contents:
     """Names, and the objects and page maps behind them. ``layers`` are newest first."""
 
-    def __init__(self, report: Report, diff: Diff, layers: list[Diff], base: Base) -> None:
+    def __init__(self, report: Report, diff: Diff, layers: list[Layer], base: Base) -> None:
         self._report = report
-        self._diff = diff
-        self._stack = Stack(base, [*reversed(layers), diff])
+        self._live = diff.live
+        self._stack = Stack(base, diff, layers)
         self._namespace = Namespace(base, (0, 0), 0)
 
     def check(self) -> None:
@@ -145,12 +138,17 @@ class _Contents:
             self._check_objects(named[-1])
             self._check_wal()
 
-    def _check_sealed(self, layer: Diff, named: Mapping[int, Named]) -> None:
+    def _check_sealed(self, layer: Layer, named: Mapping[int, Named]) -> None:
+        if layer.read_tail():
+            self._report.error(
+                "journal",
+                f"the journal of sealed layer {layer.path} is damaged at byte {layer.end}",
+            )
         missing = sorted(named.keys() - layer.objects.scan())
         for object_id in missing[:_MAX_EACH]:
             self._missing(layer, object_id, named[object_id])
 
-    def _missing(self, layer: Diff, object_id: int, named: Named) -> None:
+    def _missing(self, layer: Layer, object_id: int, named: Named) -> None:
         self._report.error(
             "object_missing",
             f"object {object_path(object_id)} of {layer.path} is missing "
@@ -159,7 +157,7 @@ class _Contents:
 
     def _check_objects(self, named: Mapping[int, Named]) -> None:
         leftovers: list[str] = []
-        present = self._diff.objects.scan(leftovers=leftovers)
+        present = self._live.objects.scan(leftovers=leftovers)
         self._report.counts["objects"] = len(present)
         for object_id in sorted(named.keys() - present):
             if named[object_id].is_created:
@@ -170,7 +168,7 @@ class _Contents:
                     "the file will be empty",
                 )
             else:
-                self._missing(self._diff, object_id, named[object_id])
+                self._missing(self._live, object_id, named[object_id])
         orphans = sorted(present - named.keys())
         for what, names in (
             ("objects that no name leads to", [object_path(each) for each in orphans]),
@@ -184,11 +182,11 @@ class _Contents:
 
     def _check_object(self, object_id: int, named: Named) -> None:
         what = f"object {object_path(object_id)} (file {os.fsdecode(named.path)!r})"
-        found = os.stat(object_path(object_id), dir_fd=self._diff.objects.fd, follow_symlinks=False)
+        found = os.stat(object_path(object_id), dir_fd=self._live.objects.fd, follow_symlinks=False)
         if not stat.S_ISREG(found.st_mode):
             self._report.error("object_type", f"{what} is no regular file")
             return
-        page_map = self._diff.page_maps.get(object_id, EMPTY_MAP)
+        page_map = self._live.page_maps.get(object_id, EMPTY_MAP)
         if not named.is_mapped:
             if page_map != EMPTY_MAP:
                 self._report.error("page_map", f"{what} is whole and has a page map")
@@ -220,7 +218,7 @@ class _Contents:
         children = self._namespace.children(self._namespace.root)
         link = children.get(WAL_NAME)
         is_out = isinstance(link, SymbolicLink) and link.target is None
-        wal = self._diff.wal_path
+        wal = self._stack.diff.wal_path
         exists = os.path.lexists(wal)
         if is_out and not (wal.is_dir() and not wal.is_symlink()):
             what = "is no directory" if exists else "is missing"

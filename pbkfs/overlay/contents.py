@@ -11,13 +11,13 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pbkfs import _native
 from pbkfs.overlay import journal as records
-from pbkfs.overlay.diff import EMPTY_MAP, Named, PageMap
-from pbkfs.overlay.inode import File, Inode, Piece
+from pbkfs.overlay.inode import NOT_LOADED, File, Inode, Piece
 from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
+from pbkfs.overlay.layer import EMPTY_MAP, Layer, Named, PageMap
 from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.stack import Stack, count_blocks
 from pbkfs.pgdata import is_relation_file
@@ -38,15 +38,14 @@ class Contents:
         self, stack: Stack, namespace: Namespace, *, log_fd: int, index_bytes: int
     ) -> None:
         self._stack = stack
-        self._diff = stack.live
         self._namespace = namespace
-        # Object -> (end of the record that took its last name, its inode).
-        self._doomed: dict[int, tuple[int, int]] = {}
+        # Layer, object -> (end of the record that took its last name, its inode).
+        self._doomed: dict[tuple[Layer, int], tuple[int, int]] = {}
         self.counters = dict.fromkeys(
             ("copied_up_whole", "copied_up_mapped", "copied_up_bytes", "objects_reaped"), 0
         )
         self.nodes = _native.Nodes(
-            self._diff.journal, self._diff.objects.fd, log_fd, index_bytes=index_bytes
+            stack.live.journal, stack.live.objects.fd, log_fd, index_bytes=index_bytes
         )
         namespace.tell(self.nodes)
 
@@ -81,10 +80,10 @@ class Contents:
             self.nodes.set_links(inode.ino, inode.n_names)
 
     def _attach(self, file: File, piece: Piece, *, is_fresh: bool = False) -> None:
-        page_map = self._diff.page_maps.get(piece.object_id, EMPTY_MAP)
+        page_map = self._stack.live.page_maps.get(piece.object_id, EMPTY_MAP)
         limit = NO_LIMIT
         if piece.is_mapped:
-            size = self._diff.objects.stat(piece.object_id).st_size
+            size = self._stack.live.objects.stat(piece.object_id).st_size
             found = self._stack.live_limit(file, piece, size)
             # A limit that is not the length of the version below makes the native half sync the
             # journal before the file grows.
@@ -100,7 +99,7 @@ class Contents:
             whole=page_map.is_whole,
         )
         # The node has it now, and keeps it: a node with an object stays until the file is gone.
-        self._diff.page_maps.pop(piece.object_id, None)
+        self._stack.live.page_maps.pop(piece.object_id, None)
 
     def close_unused(self, inode: Inode) -> None:
         """Give back what an inode without lookups costs here.
@@ -122,12 +121,12 @@ class Contents:
         back either.
         """
         for object_id, found in named.items():
-            page_map = self._diff.page_maps.get(object_id, EMPTY_MAP)
+            page_map = self._stack.live.page_maps.get(object_id, EMPTY_MAP)
             if not found.is_mapped or page_map.is_whole:
                 continue
             file = self._namespace.resolve(found.path)
             assert isinstance(file, File)
-            size = self._diff.objects.stat(object_id).st_size
+            size = self._stack.live.objects.stat(object_id).st_size
             self._stack.load(file)
             if count_blocks(size) >= min(page_map.limit, count_blocks(file.size)):
                 continue
@@ -138,7 +137,7 @@ class Contents:
                 self.nodes.write(file.ino, start, self.nodes.read(file.ino, start, n_bytes))
                 self.nodes.fsync(file.ino, False)
             limit = records.encode_limit(object_id, count_blocks(size))
-            self._diff.append(limit, label="limit")
+            self._stack.live.append(limit, label="limit")
 
     # --- making and changing ----------------------------------------------------------------
 
@@ -148,14 +147,14 @@ class Contents:
         Registered before the record is appended, because that can fail; nobody knows the inode
         yet. Raises OSError and leaves nothing.
         """
-        objects = self._diff.objects
+        objects = self._stack.live.objects
         object_id = objects.make(mode, uid, gid)
         try:
             self.nodes.add(file.ino, 0, ())
             try:
                 piece = self._piece(object_id, is_mapped=False)
                 self._attach(file, piece, is_fresh=True)
-                self._diff.append(records.Create(object_id, path).encode(), label="create")
+                self._stack.live.append(records.Create(object_id, path).encode(), label="create")
             except BaseException:
                 self.nodes.remove(file.ino)
                 raise
@@ -188,7 +187,7 @@ class Contents:
             elif not is_emptied:
                 self.nodes.copy_to(file.ino, fd)
 
-        objects = self._diff.objects
+        objects = self._stack.live.objects
         object_id = objects.make_filled(
             fill,
             attributes=(stat.S_IMODE(file.mode), file.uid, file.gid),
@@ -198,12 +197,12 @@ class Contents:
         if path is not None:
             try:
                 record = records.CopyUp(object_id, is_mapped, path)
-                self._diff.append(record.encode(), label="copy_up")
+                self._stack.live.append(record.encode(), label="copy_up")
             except BaseException:
                 objects.remove(object_id)
                 raise
         else:
-            self._doomed[object_id] = (0, file.ino)
+            self._doomed[self._stack.live, object_id] = (0, file.ino)
         file.pieces = (piece, *file.pieces)
         self.counters["copied_up_mapped" if is_mapped else "copied_up_whole"] += 1
         if not is_mapped and not is_emptied:
@@ -220,16 +219,16 @@ class Contents:
         assert path is not None
         try:
             record = records.CopyUp(object_id, True, path)
-            self._diff.append(record.encode(), label="hydrate")
+            self._stack.live.append(record.encode(), label="hydrate")
         except BaseException:
-            self._diff.objects.remove(object_id)
+            self._stack.live.objects.remove(object_id)
             raise
         piece = self._piece(object_id, is_mapped=True)
         file.pieces = (piece, *file.pieces)
         try:
             if is_whole:
-                self._diff.append(records.encode_whole(object_id), label="whole")
-                self._diff.page_maps[object_id] = PageMap(b"", NO_LIMIT, True)
+                self._stack.live.append(records.encode_whole(object_id), label="whole")
+                self._stack.live.page_maps[object_id] = PageMap(b"", NO_LIMIT, True)
         finally:
             if is_whole and file.nlookup == 0:
                 # Nobody uses it, and nobody has to remember pages of it.
@@ -267,23 +266,54 @@ class Contents:
         """Note that the newest record took the last name of ``inode`` away."""
         piece = self._stack.live_piece(inode) if isinstance(inode, File) else None
         if piece is not None:
-            self._doomed[piece.object_id] = (self._diff.journal.end, inode.ino)
+            live = self._stack.live
+            self._doomed[live, piece.object_id] = (live.journal.end, inode.ino)
 
     def reap(self) -> None:
         """Unlink the objects of forgotten files whose removal is durable.
 
         Never raises OSError: what can't be unlinked is left to the next mount.
         """
-        synced = self._diff.journal.synced
-        for object_id, (end, ino) in list(self._doomed.items()):
-            if end > synced or ino in self._namespace.inodes:
+        for (layer, object_id), (end, ino) in list(self._doomed.items()):
+            if end > layer.journal.synced or ino in self._namespace.inodes:
                 continue
-            del self._doomed[object_id]
+            del self._doomed[layer, object_id]
             try:
-                self._diff.objects.remove(object_id)
+                layer.objects.remove(object_id)
                 self.counters["objects_reaped"] += 1
             except OSError as error:
-                _log.warning("%s: cannot remove object %x: %s", self._diff.path, object_id, error)
+                _log.warning("%s: cannot remove object %x: %s", layer.path, object_id, error)
+
+    # --- sealing ----------------------------------------------------------------------------
+
+    def live_files(self) -> list[tuple[File, Piece]]:
+        """Return the files with an object in the live layer, and that object."""
+        return [
+            (inode, piece)
+            for inode in self._namespace.inodes.values()
+            if isinstance(inode, File) and (piece := self._stack.live_piece(inode)) is not None
+        ]
+
+    def export_maps(self, files: Iterable[tuple[File, Piece]]) -> dict[int, PageMap]:
+        """Return the page maps that only the native half knows, by object."""
+        maps = {}
+        for file, piece in files:
+            if piece.is_mapped and self.nodes.has(file.ino):
+                found = self.nodes.page_map(file.ino)
+                if found is not None:
+                    maps[piece.object_id] = PageMap(*found)
+        return maps
+
+    def reseat(self, files: Iterable[tuple[File, Piece]]) -> None:
+        """Take note that the objects of ``files`` are no longer live, but sealed."""
+        for file, piece in files:
+            if not piece.is_mapped:
+                file.pieces = (piece,)
+            file.size = NOT_LOADED
+            if file.nlookup == 0:
+                self.close_idle(file)
+        # Their removal is durable: the sealed journal is.
+        self._doomed = {key: (0, ino) for key, (_, ino) in self._doomed.items()}
 
     def sync_all(self) -> None:
         """Make all contents durable. Raises the first OSError, after trying all files.
@@ -293,15 +323,12 @@ class Contents:
         be recorded either way.
         """
         first: OSError | None = None
-        pieces = [
-            (inode.ino, piece)
-            for inode in self._namespace.inodes.values()
-            if isinstance(inode, File) and (piece := self._stack.live_piece(inode)) is not None
+        open_pieces = [
+            (file.ino, piece) for file, piece in self.live_files() if self.nodes.has(file.ino)
         ]
-        open_pieces = [(ino, piece) for ino, piece in pieces if self.nodes.has(ino)]
         if len(open_pieces) > _SYNCFS_FROM:
             try:
-                self._diff.sync_file_system()
+                self._stack.live.sync_file_system()
                 open_pieces = [(ino, piece) for ino, piece in open_pieces if piece.is_mapped]
             except OSError as error:
                 first = error
@@ -309,7 +336,9 @@ class Contents:
             try:
                 self.nodes.fsync(ino, True)
             except OSError as error:
-                _log.error("%s: cannot sync object %x: %s", self._diff.path, piece.object_id, error)
+                _log.error(
+                    "%s: cannot sync object %x: %s", self._stack.live.path, piece.object_id, error
+                )
                 first = first or error
         if first is not None:
             raise first

@@ -26,7 +26,7 @@ class Detachment:
         self, stack: Stack, namespace: Namespace, attributes: Attributes, target: Path
     ) -> None:
         self._objects = stack.live.objects
-        self._wal = os.fsencode(stack.live.wal_path)
+        self._wal = os.fsencode(stack.diff.wal_path)
         self._stack = stack
         self._namespace = namespace
         self._attributes = attributes

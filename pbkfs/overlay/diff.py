@@ -1,32 +1,23 @@
-"""One diff directory: opened, checked, recovered, made.
+"""One diff directory: the head of a stack of layers. Opened, checked, made.
 
-Owns what lies in DIFF except for the lock, the binding, sockets and logs (``mount``): superblock,
-journal file, objects, the place of pg_wal. A diff is either the writable one of a mount, whose lock
-the caller holds, or a sealed layer, which is only read. Called by ``mount`` before it serves and by
-``tree``; all on the thread that owns the tree, except ``sync``, which any thread may call.
-
-Opening has two steps, because only a replay over the base's names tells which objects still have
-a name: ``open`` reads and changes nothing in an existing diff, ``start`` recovers and begins to
-write.
+Owns the superblock and the place of pg_wal; what is written goes to the diff's *live layer*, which
+is the same directory or another one (``layer``). The lock, the binding, sockets and logs in DIFF
+are ``mount``'s. Called by ``mount`` before it serves and by ``tree``, on the thread that owns the
+tree.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from pbkfs import _native, durable
+from pbkfs import durable
 from pbkfs.backup.base import Base
-from pbkfs.errors import DiffError, FormatError, HostError
+from pbkfs.errors import DiffError
 from pbkfs.overlay import journal as records
-from pbkfs.overlay.objects import ObjectStore, object_path
+from pbkfs.overlay.layer import JOURNAL, OBJECTS, Layer, fill_layer, host_errors
 from pbkfs.overlay.superblock import (
     NAME as SUPERBLOCK,
 )
@@ -38,83 +29,19 @@ from pbkfs.overlay.superblock import (
     read_superblock,
 )
 
-JOURNAL = "journal"
-OBJECTS = "objects"
 WAL = "pg_wal"
 
 # What may lie in a directory that is to become a diff: made by the mount, or by mkfs.
 _HARMLESS = frozenset({"lock", "binding.json", "control.sock", "log", "lost+found"})
 
-# A journal below this size is not worth a rewrite.
-COMPACTION_BYTES = 64 << 10
-
-_NO_BOOT = bytes(16)
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_log = logging.getLogger(__name__)
-
-
-class PageMap(NamedTuple):
-    """What a journal says of one object: valid blocks, the limit for what is below, or all."""
-
-    changed: bytes
-    limit: int
-    is_whole: bool
-    hydrated: bytes = b""
-    """Valid as well, and as they are below; empty if the object is whole."""
-
-    @property
-    def present(self) -> bytes:
-        """The blocks that are in the object, changed or hydrated."""
-        if not self.hydrated:
-            return self.changed
-        size = max(len(self.changed), len(self.hydrated))
-        merged = int.from_bytes(self.changed, "little") | int.from_bytes(self.hydrated, "little")
-        return merged.to_bytes(size, "little")
-
-
-EMPTY_MAP = PageMap(b"", records.NO_LIMIT, False)
-
-
-class Named(NamedTuple):
-    """An object that a name leads to at the end of a replay."""
-
-    path: bytes
-    is_created: bool
-    """Made empty by CREATE: its directory entry need not have been durable before the record."""
-    is_mapped: bool
-
-
-def read_boot_id() -> bytes:
-    """Return the 16 bytes that name this boot of the kernel."""
-    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
-
 
 class Diff:
-    """A diff directory, see the module. ``page_maps`` and ``objects`` are by object id."""
+    """A diff directory, see the module. ``live`` is the layer that is written to."""
 
-    def __init__(
-        self,
-        path: Path,
-        superblock: Superblock,
-        *,
-        journal_fd: int,
-        objects_fd: int,
-        boot_id: bytes,
-        is_sealed: bool,
-    ) -> None:
+    def __init__(self, path: Path, superblock: Superblock, live: Layer) -> None:
         self.path = path
         self.superblock = superblock
-        self.objects = ObjectStore(objects_fd)
-        self.is_sealed = is_sealed
-        self.page_maps: dict[int, PageMap] = {}
-        self._journal: _native.Journal | None = None
-        self._journal_fd = journal_fd
-        self._boot_id = boot_id
-        self._end = 0
-        self._names: list[bytes] = []
-
-    # --- opening ----------------------------------------------------------------------------
+        self.live = live
 
     @classmethod
     def open(
@@ -125,13 +52,13 @@ class Diff:
         layers: Sequence[LayerRef] = (),
         boot_id: bytes | None = None,
     ) -> Diff:
-        """Open the writable diff at ``path`` for ``base``; makes it if there is none.
+        """Open the diff at ``path`` for ``base``, to write to it; makes it if there is none.
 
         ``layers`` (newest first) are those of a new diff. Raises DiffError if it can't be used
         for this base or is damaged, HostError if this machine or user can't.
         """
         path = Path(os.path.abspath(path))
-        with _host_errors(path):
+        with host_errors(path):
             try:
                 superblock = read_superblock(path)
             except FileNotFoundError:
@@ -144,289 +71,53 @@ class Diff:
                     hint=f"Use the PGDATA there; delete the diff with: pbkfs cleanup -d {path}",
                 )
             check_base(superblock, base.identity, base.system_identifier, path)
-            return cls._open(path, superblock, boot_id or read_boot_id(), is_sealed=False)
+            return cls._open(path, superblock, boot_id, is_sealed=False)
 
     @classmethod
-    def sealed(cls, path: Path, *, boot_id: bytes | None = None) -> Diff:
-        """Open the sealed layer at ``path``; nothing in it is ever changed.
-
-        Raises DiffError, HostError.
-        """
+    def read(cls, path: Path, *, boot_id: bytes | None = None) -> Diff:
+        """Open the existing diff at ``path`` only to look at it. Raises DiffError, HostError."""
         path = Path(os.path.abspath(path))
-        with _host_errors(path):
-            try:
-                superblock = read_superblock(path)
-            except (FileNotFoundError, NotADirectoryError):
-                raise DiffError(
-                    f"sealed layer {path} is missing",
-                    hint="Put the layer back; the diffs above it can't be read without it.",
-                ) from None
-            return cls._open(path, superblock, boot_id or read_boot_id(), is_sealed=True)
+        with host_errors(path):
+            return cls._open(path, read_superblock(path), boot_id, is_sealed=True)
 
     @classmethod
-    def _open(cls, path: Path, superblock: Superblock, boot_id: bytes, *, is_sealed: bool) -> Diff:
-        with _missing_part(path):
-            objects_fd = os.open(
-                path / OBJECTS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            )
-            try:
-                access = os.O_RDONLY if is_sealed else os.O_RDWR
-                journal_fd = os.open(path / JOURNAL, access | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except BaseException:
-                os.close(objects_fd)
-                raise
-        diff = cls(
-            path,
-            superblock,
-            journal_fd=journal_fd,
-            objects_fd=objects_fd,
-            boot_id=boot_id,
-            is_sealed=is_sealed,
-        )
-        try:
-            diff._read_journal()
-        except BaseException:
-            diff.close()
-            raise
-        return diff
-
-    def _read_journal(self) -> None:
-        try:
-            records.check_header(
-                os.pread(self._journal_fd, records.HEADER_BYTES, 0), self.superblock.uuid.bytes
-            )
-        except FormatError as error:
+    def _open(
+        cls, path: Path, superblock: Superblock, boot_id: bytes | None, *, is_sealed: bool
+    ) -> Diff:
+        where = live_path(path, superblock)
+        if not where.is_dir():
             raise DiffError(
-                f"journal of diff {self.path} can't be read: {error}",
-                hint="Restore the journal from a copy, or begin with a new diff.",
-            ) from error
-        try:
-            self._end, self._names, maps = _native.scan_journal(self._journal_fd, self._boot_id)
-        except OSError as error:
-            if error.errno != errno.EIO or error.strerror == os.strerror(errno.EIO):
-                raise
-            raise DiffError(
-                f"journal of diff {self.path} is damaged: {error.strerror}",
-                hint="Restore the journal from a copy, or begin with a new diff.",
-            ) from error
-        self.page_maps = {object_id: PageMap(*found) for object_id, found in maps.items()}
-
-    @property
-    def names(self) -> list[bytes]:
-        """The payloads of the name records, in order; gone after ``start``."""
-        return self._names
+                f"live layer {where} of diff {path} is missing",
+                hint="Put it back to where the diff's superblock names it.",
+            )
+        live = Layer.open(where, superblock.live_id, boot_id=boot_id, is_sealed=is_sealed)
+        return cls(path, superblock, live)
 
     @property
     def wal_path(self) -> Path:
         """Where pg_wal is; computed, because a diff may be moved."""
         return self.path / WAL
 
-    @property
-    def label(self) -> str:
-        """What log lines call this layer."""
-        return f"diff {str(self.superblock.uuid)[:8]}"
-
-    # --- recovery ---------------------------------------------------------------------------
-
-    def check_objects(self, named: Mapping[int, Named]) -> None:
-        """Raise DiffError if an object of this sealed layer is missing."""
-        with _host_errors(self.path):
-            missing = named.keys() - self.objects.scan()
-        if missing:
-            raise self._missing(min(missing), named)
-        self._forget_records(named)
-
-    def start(self, named: Mapping[int, Named], owner: tuple[int, int]) -> None:
-        """Recover what a crash left and begin to write.
-
-        ``named`` are the objects that have a name. An object made by CREATE that a power cut took
-        with it is made again, empty and owned by ``owner``. Raises DiffError, HostError; the
-        checks come first, so a damaged diff is left as it is.
-        """
-        with _host_errors(self.path):
-            self._check_tail()
-            leftovers: list[str] = []
-            present = self.objects.scan(leftovers=leftovers)
-            lost = sorted(named.keys() - present)
-            for object_id in lost:
-                if not named[object_id].is_created:
-                    raise self._missing(object_id, named)
-            self.objects.next_id = 1 + max(
-                (*present, *self.page_maps, *_object_ids(self._names)), default=0
-            )
-            self._cut_tail()
-            # One of them may have the name under which a lost object is made again.
-            for path in leftovers:
-                self.objects.remove_leftover(path)
-            for object_id in lost:
-                _log.warning(
-                    "%s: object %s of %r was not durable before a power cut; the file is empty now",
-                    self.path,
-                    object_path(object_id),
-                    os.fsdecode(named[object_id].path),
-                )
-                self.objects.recreate(object_id, 0o600, *owner)
-            # After the death of a worker, what it made may not be durable yet.
-            self.objects.fsync_directories(label="recover:objects")
-            settled = self._settle(named)
-            for object_id in sorted(present - named.keys()):
-                self.objects.remove(object_id)
-            if not self._compact(named):
-                self._journal = _native.Journal(self._journal_fd, self._end)
-                self.append(records.encode_boot(self._boot_id), label="boot")
-                for object_id in settled:
-                    for payload in records.encode_pages(
-                        object_id, self.page_maps[object_id].changed
-                    ):
-                        self.append(payload, label="recover:pages")
-            self.sync()
-            self._forget_records(named)
-
-    @property
-    def end(self) -> int:
-        """How many bytes of the journal check, counted from its start."""
-        return self._end
-
-    def read_tail(self) -> bytes:
-        """Return what follows the last frame of the journal that checks. Raises OSError."""
-        size = os.fstat(self._journal_fd).st_size
-        return os.pread(self._journal_fd, size - self._end, self._end)
-
-    def _check_tail(self) -> None:
-        """Raise DiffError if the tail that is to be cut off was durable once."""
-        if records.has_later_mount(self.read_tail()):
-            raise DiffError(
-                f"journal of diff {self.path} is damaged at byte {self._end}: "
-                "records of a later mount follow",
-                hint="Restore the diff from a copy; pbkfs check tells more.",
-            )
-
-    def _cut_tail(self) -> None:
-        size = os.fstat(self._journal_fd).st_size
-        if size > self._end:
-            _log.info(
-                "%s: the last %d bytes of the journal are no record and were never synced; cut off",
-                self.path,
-                size - self._end,
-            )
-            durable.on_step("recover:journal:truncate")
-            os.ftruncate(self._journal_fd, self._end)
-        durable.fsync_fd(self._journal_fd, label="recover:journal")
-
-    def _settle(self, named: Mapping[int, Named]) -> list[int]:
-        """Make pages durable that only a PAGES_LIVE record of this boot vouches for.
-
-        From here on all bits count as durable, and an fsync of the file would not look at these
-        again. A second scan that believes no boot tells which objects that concerns. Returns them.
-        """
-        _, _, synced = _native.scan_journal(self._journal_fd, _NO_BOOT)
-        behind = []
-        for object_id, found in self.page_maps.items():
-            if object_id not in named or found.is_whole:
-                continue
-            if _strip(found.changed) != _strip(synced.get(object_id, EMPTY_MAP)[0]):
-                self.objects.fsync_object(object_id, label="recover:object")
-                behind.append(object_id)
-        return behind
-
-    def _compact(self, named: Mapping[int, Named]) -> bool:
-        """Rewrite the journal if that halves it; returns whether it did."""
-        if self._end < COMPACTION_BYTES:
-            return False
-        names = self._names
-        n_removed = sum(payload[0] == records.Remove.type_code for payload in names)
-        if n_removed > len(names) // 4:
-            names = records.drop_pairs(names)
-        payloads = [*names, records.encode_boot(self._boot_id)]
-        for object_id, found in self.page_maps.items():
-            if object_id not in named:
-                continue
-            if found.is_whole:
-                payloads.append(records.encode_whole(object_id))
-            payloads.extend(records.encode_pages(object_id, found.changed))
-            payloads.extend(records.encode_hydrated(object_id, found.hydrated))
-            if found.limit != records.NO_LIMIT:
-                payloads.append(records.encode_limit(object_id, found.limit))
-        size = records.HEADER_BYTES + records.count_frame_bytes(payloads)
-        if size > self._end // 2:
-            return False
-        content = records.encode_header(self.superblock.uuid.bytes) + b"".join(
-            map(records.encode_frame, payloads)
-        )
-        durable.replace_file(self.path / JOURNAL, content, label="compact:journal")
-        _log.info("%s: journal rewritten, %d bytes instead of %d", self.path, size, self._end)
-        os.close(self._journal_fd)
-        self._journal_fd = -1
-        self._journal_fd = os.open(self.path / JOURNAL, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._end = size
-        self._journal = _native.Journal(self._journal_fd, size)
-        return True
-
-    def _forget_records(self, named: Mapping[int, Named]) -> None:
-        self._names = []
-        self.page_maps = {k: v for k, v in self.page_maps.items() if k in named}
-
-    def _missing(self, object_id: int, named: Mapping[int, Named]) -> DiffError:
-        path = os.fsdecode(named[object_id].path)
-        return DiffError(
-            f"object {object_path(object_id)} of diff {self.path} is missing (file {path!r})",
-            hint="Restore the diff's objects directory from a copy, or begin with a new diff.",
-        )
-
-    # --- writing ----------------------------------------------------------------------------
-
-    @property
-    def journal(self) -> _native.Journal:
-        """The journal, open for appending; only after ``start``."""
-        assert self._journal is not None
-        return self._journal
-
-    def append(self, payload: bytes, *, label: str) -> None:
-        """Append one record; not durable before ``sync``. Raises OSError, and then did nothing."""
-        durable.on_step(f"journal:{label}:append")
-        self.journal.append(payload)
-
-    def sync(self) -> None:
-        """Make all records appended so far durable, and the objects they name. Any thread may."""
-        self.objects.sync_fresh()
-        durable.on_step("journal:sync")
-        self.journal.sync()
-
-    def end_session(self) -> None:
-        """Mark the end of a journal that is durable, so that damage to it is told from a torn tail.
-
-        The mark is a BOOT record, as at a mount: what lies before one was durable once. Not worth
-        an error: on a full disk it is left out.
-        """
-        try:
-            self.append(records.encode_boot(self._boot_id), label="end")
-            self.sync()
-        except OSError as error:
-            _log.warning("%s: the end of the journal is not marked: %s", self.path, error)
-
-    def sync_file_system(self) -> None:
-        """Make all of the file system that the diff is on durable. Raises OSError."""
-        durable.on_step("close:syncfs")
-        if _libc.syncfs(self.objects.fd) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+    def layer_path(self, ref: LayerRef) -> Path:
+        """Return where a sealed layer of this diff lies."""
+        return Path(os.path.normpath(self.path / ref.path))
 
     def close(self) -> None:
-        """Close the descriptors; makes nothing durable. Idempotent."""
-        self._journal = None
-        self.objects.close()
-        if self._journal_fd >= 0:
-            os.close(self._journal_fd)
-            self._journal_fd = -1
+        """Close the live layer; makes nothing durable. Idempotent."""
+        self.live.close()
 
 
-def open_layers(diff: Diff) -> list[Diff]:
+def live_path(diff: Path, superblock: Superblock) -> Path:
+    """Return the directory of the live layer of ``diff``."""
+    return Path(os.path.normpath(diff / superblock.live))
+
+
+def open_layers(diff: Diff) -> list[Layer]:
     """Open the sealed layers below ``diff``, newest first. Raises DiffError, HostError."""
-    layers: list[Diff] = []
+    layers: list[Layer] = []
     try:
         for ref in diff.superblock.layers:
-            layers.append(Diff.sealed(Path(ref.path)))
-        check_layers(diff, layers)
+            layers.append(Layer.sealed(diff.layer_path(ref), ref.uuid))
     except BaseException:
         for layer in layers:
             layer.close()
@@ -434,24 +125,15 @@ def open_layers(diff: Diff) -> list[Diff]:
     return layers
 
 
-def check_layers(diff: Diff, layers: Sequence[Diff]) -> None:
+def check_layers(diff: Diff, layers: Sequence[Layer]) -> None:
     """Raise DiffError unless ``layers`` (newest first) are those that ``diff`` was made upon."""
     expected = [ref.uuid for ref in diff.superblock.layers]
-    found = [layer.superblock.uuid for layer in layers]
+    found = [layer.uuid for layer in layers]
     if expected != found:
         raise DiffError(
             f"diff {diff.path} lies on the layers {_format_uuids(expected)}, "
             f"not on {_format_uuids(found)}",
             hint="Put the sealed layers back to where the diff's superblock names them.",
-        )
-    for index, layer in enumerate(layers):
-        if [ref.uuid for ref in layer.superblock.layers] != expected[index + 1 :]:
-            raise DiffError(
-                f"sealed layer {layer.path} of diff {diff.path} lies on other layers itself",
-                hint="Put the sealed layers back to where the diff's superblock names them.",
-            )
-        check_base(
-            layer.superblock, diff.superblock.base, diff.superblock.system_identifier, layer.path
         )
 
 
@@ -492,24 +174,10 @@ def _make(path: Path, base: Base, layers: Sequence[LayerRef]) -> Superblock:
     for name in os.listdir(path):
         if name.startswith((f".{JOURNAL}.", f".{SUPERBLOCK}.")) and name.endswith(_TMP):
             os.unlink(path / name)
-    with suppress(FileExistsError):
-        os.mkdir(path / OBJECTS, 0o700)
     superblock = new_superblock(base.identity, base.system_identifier, layers)
-    durable.replace_file(
-        path / JOURNAL, records.encode_header(superblock.uuid.bytes), label="diff:journal"
-    )
+    fill_layer(path, superblock.live_id)
     superblock.write(path)
     return superblock
-
-
-def _object_ids(names: Sequence[bytes]) -> Iterator[int]:
-    for payload in names:
-        if payload[0] in (records.Create.type_code, records.CopyUp.type_code):
-            yield int.from_bytes(payload[1:9], "little")
-
-
-def _strip(bitmap: bytes) -> bytes:
-    return bitmap.rstrip(b"\0")
 
 
 def _format_uuids(uuids: Sequence[uuid.UUID]) -> str:
@@ -521,39 +189,3 @@ def _not_a_directory(path: Path) -> DiffError:
         f"diff {path} is not a directory",
         hint="Name the directory of a diff, or one that does not exist yet.",
     )
-
-
-@contextmanager
-def _missing_part(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        name = os.path.basename(os.fsdecode(error.filename))
-        raise DiffError(
-            f"diff {path} has no {name}",
-            hint="Restore the diff from a copy, or begin with a new one.",
-        ) from error
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise DiffError(
-            f"a part of diff {path} is a symbolic link: {error.filename}",
-            hint="This is not a diff made by pbkfs.",
-        ) from error
-
-
-@contextmanager
-def _host_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "Free some space on the diff's file system, then try again."
-        elif error.errno == errno.EROFS:
-            hint = "A diff needs a file system that can be written to."
-        elif error.errno in (errno.EACCES, errno.EPERM):
-            hint = "Run pbkfs as the user who made the diff."
-        else:
-            hint = "See the kernel's log about the disk under the diff."
-        raise HostError(f"cannot use diff {path}: {reason}", hint=hint) from error

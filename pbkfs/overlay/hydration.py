@@ -25,9 +25,9 @@ from functools import partial
 from typing import Protocol
 
 from pbkfs.overlay.contents import Contents
-from pbkfs.overlay.diff import EMPTY_MAP
 from pbkfs.overlay.inode import Directory, File, Inode
 from pbkfs.overlay.journal import BLOCK_BYTES
+from pbkfs.overlay.layer import EMPTY_MAP
 from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.objects import ObjectStore
 from pbkfs.overlay.stack import Stack
@@ -156,13 +156,18 @@ class Hydration:
 
     # --- what there is to do ------------------------------------------------------------------
 
-    def survey(self) -> Iterator[None]:
-        """Look at all files; between two items others may use the tree. Raises OSError."""
+    def forget(self) -> None:
+        """Know nothing any more; the next survey tells what is missing then."""
         self._left.clear()
         self.failed.clear()
         self._hot.clear()
+        self._cold.clear()
         self._current = None
         self.n_files = self.n_bytes = self._n_bytes_left = 0
+
+    def survey(self) -> Iterator[None]:
+        """Look at all files; between two items others may use the tree. Raises OSError."""
+        self.forget()
         seen: set[int] = set()
         directories: list[Directory] = [self._namespace.root]
         sizes: dict[int, int] = {}

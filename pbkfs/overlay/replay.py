@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable
 
 from pbkfs.errors import DiffError, FormatError
 from pbkfs.overlay import journal as records
-from pbkfs.overlay.diff import Diff, Named
 from pbkfs.overlay.inode import NOT_LOADED, Directory, File, Inode, Piece, SymbolicLink
 from pbkfs.overlay.journal import RENAME_EXCHANGE
+from pbkfs.overlay.layer import Layer, Named
 from pbkfs.overlay.namespace import Namespace, fail
 from pbkfs.overlay.stack import Stack
 
@@ -32,7 +32,7 @@ class Replay:
         self._layer = layer
         self._is_live = layer == len(stack.layers) - 1
 
-    def run(self, diff: Diff, payloads: Iterable[bytes]) -> None:
+    def run(self, layer: Layer, payloads: Iterable[bytes]) -> None:
         """Apply all records. Raises DiffError naming the first one that does not fit."""
         index = 0
         try:
@@ -44,7 +44,7 @@ class Replay:
             ).lower()
             record = _describe(payloads, index)
             raise DiffError(
-                f"journal of diff {diff.path} does not fit what is below it: "
+                f"journal of diff {layer.path} does not fit what is below it: "
                 f"record {index + 1}, {record}: {reason}",
                 hint="Check that base and sealed layers are unchanged since the diff was made.",
             ) from error
@@ -141,6 +141,12 @@ class Replay:
     def _end(self, inode: Inode) -> None:
         if inode.parent is None:
             self._namespace.inodes.pop(inode.ino, None)
+
+
+def is_wal_out(namespace: Namespace) -> bool:
+    """Return whether the root's pg_wal is the link to the diff's."""
+    present = namespace.children(namespace.root).get(WAL_NAME)
+    return isinstance(present, SymbolicLink) and present.target is None
 
 
 def apply_wal_out(namespace: Namespace) -> list[Inode]:

@@ -14,10 +14,12 @@ from typing import Any
 
 from pbkfs.backup.base import Base, RawSource, Source
 from pbkfs.errors import PbkfsError
-from pbkfs.overlay.diff import EMPTY_MAP, Diff
+from pbkfs.overlay.diff import Diff
 from pbkfs.overlay.inode import NOT_LOADED, File, Piece
 from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
+from pbkfs.overlay.layer import EMPTY_MAP, Layer
 from pbkfs.overlay.namespace import fail
+from pbkfs.overlay.superblock import Superblock
 
 _log = logging.getLogger(__name__)
 
@@ -28,16 +30,28 @@ def count_blocks(size: int) -> int:
 
 
 class Stack:
-    """``layers`` are oldest first; the last one is the writable diff."""
+    """``layers`` are oldest first; the last one is the live layer of ``diff``.
 
-    def __init__(self, base: Base, layers: Sequence[Diff]) -> None:
+    Only a seal changes them: it puts a new live layer at the end.
+    """
+
+    def __init__(self, base: Base, diff: Diff, sealed: Sequence[Layer]) -> None:
+        """``sealed`` are newest first, as a superblock names them."""
         self.base = base
-        self.layers = list(layers)
+        self.diff = diff
+        self.layers = [*reversed(sealed), diff.live]
 
     @property
-    def live(self) -> Diff:
-        """The writable diff."""
+    def live(self) -> Layer:
+        """The layer that is written to."""
         return self.layers[-1]
+
+    def push(self, superblock: Superblock, live: Layer) -> None:
+        """Go on in another live layer: the old one is sealed, as the diff's superblock says now."""
+        self.live.is_sealed = True
+        self.diff.superblock = superblock
+        self.diff.live = live
+        self.layers.append(live)
 
     def live_piece(self, file: File) -> Piece | None:
         """Return the file's object in the writable diff, or None."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import datetime
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID, uuid4
 
 from pbkfs import durable
 from pbkfs.errors import DiffError, FormatError
@@ -29,23 +29,34 @@ Identity = Mapping[str, str | int | None]
 
 @dataclass(frozen=True, slots=True)
 class LayerRef:
-    """A sealed layer as its upper neighbour names it."""
+    """A sealed layer: ``path`` is its directory, absolute or relative to the diff that names it."""
 
-    uuid: uuid.UUID
+    uuid: UUID
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """Identity of a diff. ``layers`` are the sealed layers below it, newest first."""
+    """Identity of a diff. ``layers`` are the sealed layers below it, newest first.
 
-    uuid: uuid.UUID
+    ``live`` is the directory of the layer that is written to, absolute or relative to the diff, and
+    ``live_uuid`` what that layer's journal says of itself; None: the same as ``uuid``.
+    """
+
+    uuid: UUID
     base: Identity
     system_identifier: int | None
+    live: str = "."
+    live_uuid: UUID | None = None
     layers: tuple[LayerRef, ...] = ()
     created_at: str = ""
     features: tuple[str, ...] = ()
     detached_to: str | None = None
+
+    @property
+    def live_id(self) -> UUID:
+        """The uuid of the layer that is written to."""
+        return self.live_uuid or self.uuid
 
     def to_json(self) -> bytes:
         """Return the file's content."""
@@ -55,6 +66,8 @@ class Superblock:
             "format_version": FORMAT_VERSION,
             "features": sorted(features if self.detached_to is None else features | {DETACHED}),
             "uuid": str(self.uuid),
+            "live": self.live,
+            "live_uuid": str(self.live_id),
             "block_size": BLOCK_BYTES,
             "system_identifier": (
                 None if self.system_identifier is None else str(self.system_identifier)
@@ -75,9 +88,17 @@ class Superblock:
 def new_superblock(
     base: Identity, system_identifier: int | None, layers: Sequence[LayerRef] = ()
 ) -> Superblock:
-    """Return the superblock of a diff that is about to be made."""
+    """Return the superblock of a diff that is about to be made, with its layer in itself."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Superblock(uuid.uuid4(), dict(base), system_identifier, tuple(layers), now)
+    own = uuid4()
+    return Superblock(
+        uuid=own,
+        live_uuid=own,
+        base=dict(base),
+        system_identifier=system_identifier,
+        layers=tuple(layers),
+        created_at=now,
+    )
 
 
 def read_superblock(diff: Path) -> Superblock:
@@ -118,12 +139,13 @@ def parse_superblock(data: bytes, diff: Path) -> Superblock:
         if not isinstance(base, dict):
             raise FormatError("base is no object")
         return Superblock(
-            uuid=uuid.UUID(content["uuid"]),
+            uuid=UUID(content["uuid"]),
+            live=str(content["live"]),
+            live_uuid=UUID(content["live_uuid"]),
             base=base,
             system_identifier=None if system_identifier is None else int(system_identifier),
             layers=tuple(
-                LayerRef(uuid.UUID(layer["uuid"]), str(layer["path"]))
-                for layer in content["layers"]
+                LayerRef(UUID(layer["uuid"]), str(layer["path"])) for layer in content["layers"]
             ),
             created_at=str(content["created_at"]),
             features=tuple(_strings(content["features"])),

@@ -29,6 +29,7 @@ from pbkfs.overlay.diff import Diff, check_layers
 from pbkfs.overlay.hydration import Hydration
 from pbkfs.overlay.inode import Attr, Directory, File, Inode, SymbolicLink
 from pbkfs.overlay.journal import TARGET_MAX
+from pbkfs.overlay.layer import Layer
 from pbkfs.overlay.namespace import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
@@ -36,7 +37,8 @@ from pbkfs.overlay.namespace import (
     Namespace,
     fail,
 )
-from pbkfs.overlay.replay import WAL_NAME, Replay, apply_wal_out, find_named
+from pbkfs.overlay.replay import Replay, apply_wal_out, find_named, is_wal_out
+from pbkfs.overlay.sealing import BrokenSealError, Child, Seal, Sealed
 from pbkfs.overlay.stack import Stack
 
 __all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "Attr", "Tree"]
@@ -51,7 +53,7 @@ class Tree:
         self,
         base: Base,
         diff: Diff,
-        sealed: Sequence[Diff] = (),
+        sealed: Sequence[Layer] = (),
         *,
         owner: tuple[int, int],
         log_fd: int,
@@ -63,8 +65,7 @@ class Tree:
         lines. The tree owns diff and layers from now on, also if this raises: DiffError if they
         do not fit each other or are damaged, HostError.
         """
-        self._diff = diff
-        self._stack = Stack(base, [*reversed(sealed), diff])
+        self._stack = Stack(base, diff, sealed)
         self._namespace = Namespace(base, owner, time.time_ns())
         self._attributes = Attributes(self._stack, self._namespace)
         self._is_closed = False
@@ -74,7 +75,7 @@ class Tree:
             named = find_named(self._stack, self._namespace, created)
             for layer, found in zip(self._stack.layers[:-1], named[:-1], strict=True):
                 layer.check_objects(found)
-            diff.start(named[-1], owner)
+            diff.live.start(named[-1], owner)
             self._contents = Contents(
                 self._stack, self._namespace, log_fd=log_fd, index_bytes=index_bytes
             )
@@ -371,11 +372,11 @@ class Tree:
     # --- durability and the whole -----------------------------------------------------------
 
     def _append(self, record: records.Record, label: str) -> None:
-        self._diff.append(record.encode(), label=label)
+        self._stack.live.append(record.encode(), label=label)
 
     def sync(self) -> None:
         """Return when all names and attributes up to now are durable. Any thread may call."""
-        self._diff.sync()
+        self._stack.live.sync()
 
     def fsyncdir(self, ino: int) -> None:  # noqa: ARG002 - one journal serves all
         """Return when the entries of a directory are durable; all others are then too."""
@@ -383,18 +384,42 @@ class Tree:
 
     def statfs(self) -> os.statvfs_result:
         """Return what statvfs(2) says of the file system that the diff is on."""
-        return os.fstatvfs(self._diff.objects.fd)
+        return os.fstatvfs(self._stack.live.objects.fd)
 
     def wal_out(self) -> None:
         """Make the root's pg_wal a link to the diff's plain directory, whatever it was before."""
-        present = self._namespace.children(self._namespace.root).get(WAL_NAME)
-        if isinstance(present, SymbolicLink) and present.target is None:
+        if is_wal_out(self._namespace):
             return
         self._append(records.WalOut(), "wal_out")
         for inode in apply_wal_out(self._namespace):
             self._name_lost(inode)
         touch(self._namespace.root)
         self._announce(self._namespace.root)
+
+    def begin_seal(self, new_live: Path, child: Child | None = None) -> Seal:
+        """Begin to seal what is written so far; see ``sealing``. Hydration must not be at work.
+
+        Raises OSError.
+        """
+        return Seal(self._stack, self._namespace, self._contents, new_live, child)
+
+    def seal(self, new_live: Path, child: Child | None = None) -> Sealed:
+        """Do all of a seal here and now. Raises OSError, BrokenSealError.
+
+        An OSError leaves all as it was, or, if the child could not be finished, no child.
+        """
+        seal = self.begin_seal(new_live, child)
+        try:
+            seal.prepare()
+            sealed = seal.switch()
+            seal.finish()
+        except BrokenSealError:
+            raise
+        except BaseException:
+            seal.cancel()
+            raise
+        self.hydration.forget()
+        return sealed
 
     def link_out(self, target: Path) -> None:
         """Make the empty directory ``target`` this tree in plain files, linked to the objects.
@@ -410,8 +435,8 @@ class Tree:
             "inodes": len(self._namespace.inodes),
             "directories_listed": self._namespace.n_loaded,
             "objects_to_reap": self._contents.n_doomed,
-            "journal_bytes": self._diff.journal.end,
-            "journal_synced_bytes": self._diff.journal.synced,
+            "journal_bytes": self._stack.live.journal.end,
+            "journal_synced_bytes": self._stack.live.journal.synced,
             "layers": len(self._stack.layers) - 1,
         }
 
@@ -430,7 +455,7 @@ class Tree:
             finally:
                 self.sync()
             self.reap()
-            self._diff.end_session()
+            self._stack.live.end_session()
         finally:
             self.nodes.close()
             for layer in self._stack.layers:

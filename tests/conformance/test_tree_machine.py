@@ -33,6 +33,7 @@ from pbkfs.overlay.hydration import Step
 from pbkfs.overlay.inode import Directory
 
 MAX_LAYERS = 2
+MAX_SEALS = 5
 
 
 class TreeMachine(FileMachine):
@@ -97,7 +98,7 @@ class TreeMachine(FileMachine):
         self.names_synced()
 
     def names_synced(self) -> None:
-        self.synced_end = self.trees.tree._diff.journal.synced
+        self.synced_end = self.trees.tree._stack.live.journal.synced
         self.hold()
         self.durable = take_snapshot(self.oracle)
         self.durable_inos = {path: self.oracle.stat(path).ino for path in self.durable}
@@ -111,7 +112,7 @@ class TreeMachine(FileMachine):
     def note_syncs(self) -> None:
         """A write that follows a truncation syncs the journal by itself."""
         trees = self.trees
-        if trees.is_open and trees.tree._diff.journal.synced != self.synced_end:
+        if trees.is_open and trees.tree._stack.live.journal.synced != self.synced_end:
             self.names_synced()
 
     @invariant()
@@ -221,6 +222,15 @@ class TreeMachine(FileMachine):
         self.close_handles()
         self.trees.seal()
         self.reopened()
+        self.took_all()
+        self.compare()
+
+    @precondition(lambda self: self.step is None and self.trees.n_seals < MAX_SEALS)
+    @rule()
+    def seal_in_use(self) -> None:
+        """What is open stays open."""
+        self.trees.seal_live()
+        self.is_hydrating = False
         self.took_all()
         self.compare()
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from conformance.drivers import TreeDriver
 from conformance.plain_base import PlainBase
 
-from pbkfs.overlay.diff import JOURNAL, Diff, open_layers
+from pbkfs.overlay.diff import Diff, live_path, open_layers
 from pbkfs.overlay.journal import HEADER_BYTES
-from pbkfs.overlay.superblock import LayerRef
+from pbkfs.overlay.layer import JOURNAL
+from pbkfs.overlay.sealing import Child, Sealed
+from pbkfs.overlay.superblock import LayerRef, read_superblock
 from pbkfs.overlay.tree import Tree
 
 OWNER = (os.geteuid(), os.getegid())
@@ -28,6 +30,7 @@ class TreePlace:
         self.diff_path = place / "diff1"
         self.layers: list[LayerRef] = []
         self.boot = 1
+        self.n_seals = 0
         self._tree: Tree | None = None
         self.driver: TreeDriver
 
@@ -85,9 +88,9 @@ class TreePlace:
         Of the first lost frame, ``torn_bytes`` are left, if it has as many. Objects keep what they
         have.
         """
-        synced = self.tree._diff.journal.synced
+        synced = self.tree._stack.live.journal.synced
         self.drop()
-        with (self.diff_path / JOURNAL).open("r+b") as journal:
+        with (self.live_path / JOURNAL).open("r+b") as journal:
             tail = journal.seek(0, os.SEEK_END) - synced
             journal.truncate(synced + min(tail, torn_bytes))
         self.boot += 1
@@ -96,22 +99,34 @@ class TreePlace:
     def seal(self) -> Tree:
         """Close the diff, make it a sealed layer, and open a new one above it."""
         self.close()
-        layer = Diff.sealed(self.diff_path)
+        superblock = read_superblock(self.diff_path)
         self.layers = [
-            LayerRef(layer.superblock.uuid, str(self.diff_path)),
-            *layer.superblock.layers,
+            LayerRef(superblock.live_id, str(self.live_path)),
+            *(LayerRef(ref.uuid, str(self.diff_path / ref.path)) for ref in superblock.layers),
         ]
-        layer.close()
-        self.diff_path = self.place / f"diff{len(self.layers) + 1}"
+        self.n_seals += 1
+        self.diff_path = self.place / f"diff{self.n_seals + 1}"
         return self.open()
+
+    def seal_live(self, child: Path | None = None) -> Sealed:
+        """Seal the diff while it is in use; ``child`` is another head to be made."""
+        self.n_seals += 1
+        live = self.place / f"live{self.n_seals}"
+        new = None if child is None else Child(child, self.place / f"live{self.n_seals}of_child")
+        return self.tree.seal(live, new)
+
+    @property
+    def live_path(self) -> Path:
+        """The directory that is written to."""
+        return live_path(self.diff_path, read_superblock(self.diff_path))
 
     def journal_records(self) -> bytes:
         """Return the journal's bytes behind the header."""
-        return (self.diff_path / JOURNAL).read_bytes()[HEADER_BYTES:]
+        return (self.live_path / JOURNAL).read_bytes()[HEADER_BYTES:]
 
     def object_paths(self) -> Sequence[Path]:
         """Return the files of all objects of the writable diff."""
-        return sorted(p for p in (self.diff_path / "objects").rglob("*") if p.is_file())
+        return sorted(p for p in (self.live_path / "objects").rglob("*") if p.is_file())
 
     def end(self) -> None:
         """Close all, however far things went."""

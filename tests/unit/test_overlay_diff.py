@@ -18,7 +18,7 @@ from conformance.tree_place import OWNER, TreePlace, open_place
 from pbkfs import durable
 from pbkfs.backup.empty import EmptyBase
 from pbkfs.errors import DiffError, HostError
-from pbkfs.overlay import diff
+from pbkfs.overlay import layer as layers
 from pbkfs.overlay.diff import Diff, is_free_place, open_layers
 from pbkfs.overlay.journal import HEADER_BYTES, encode_frame
 from pbkfs.overlay.tree import Tree
@@ -310,7 +310,7 @@ def test_number_of_a_lost_object_is_not_used_again(used: TreePlace) -> None:
     used.open()
     write(used, b"next", b"x", flags=os.O_CREAT)
     assert max(int(path.name, 16) for path in used.object_paths()) > highest
-    assert used.tree._diff.objects.next_id > 3
+    assert used.tree._stack.live.objects.next_id > 3
 
 
 def test_pages_of_a_dead_worker_become_durable(place: TreePlace) -> None:
@@ -390,7 +390,7 @@ def test_truncation_without_its_record_is_completed(place: TreePlace, size: int)
 def test_journal_is_rewritten_when_most_of_it_is_dead(
     place: TreePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diff, "COMPACTION_BYTES", 10_000)
+    monkeypatch.setattr(layers, "COMPACTION_BYTES", 10_000)
     place.open()
     handle = place.driver.open(RELATION, os.O_RDWR)
     for round_number in range(300):
@@ -419,7 +419,7 @@ def test_live_pages_survive_a_rewrite_of_the_journal(
     place: TreePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rewritten journal calls them durable, so they have to be, also after a power cut."""
-    monkeypatch.setattr(diff, "COMPACTION_BYTES", 4000)
+    monkeypatch.setattr(layers, "COMPACTION_BYTES", 4000)
     place.open()
     write(place, RELATION, pattern(2, 3 * PAGE))
     for number in range(200):
@@ -496,7 +496,7 @@ def test_layer_in_the_place_of_another_is_refused(used: TreePlace) -> None:
     used.close()
     shutil.rmtree(used.layers[0].path)
     Diff.open(Path(used.layers[0].path), used.base).close()
-    with pytest.raises(DiffError, match="lies on the layers"):
+    with pytest.raises(DiffError, match="journal belongs to another"):
         used.open()
 
 

@@ -74,7 +74,7 @@ def changed_blocks(place: TreePlace, path: bytes) -> set[int]:
     """The blocks that the journal calls changed, after a remount."""
     place.reopen()
     piece = place.tree._namespace.resolve(path).pieces[0]  # type: ignore[attr-defined]
-    found = place.tree._diff.page_maps[piece.object_id]
+    found = place.tree._stack.live.page_maps[piece.object_id]
     assert found.is_whole
     bits = int.from_bytes(found.changed, "little")
     return {block for block in range(bits.bit_length()) if bits >> block & 1}
@@ -169,13 +169,13 @@ def test_the_map_tells_changed_blocks_from_hydrated_ones(place: TreePlace) -> No
 def test_the_map_survives_the_death_of_the_worker_and_the_compaction(
     place: TreePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pbkfs.overlay import diff
+    from pbkfs.overlay import layer as layers
 
     hydrate(place)
     write(place, BIG, 4 * PAGE, b"new")
     place.crash()
     assert changed_blocks(place, BIG) == {4}
-    monkeypatch.setattr(diff, "COMPACTION_BYTES", 0)
+    monkeypatch.setattr(layers, "COMPACTION_BYTES", 0)
     for i in range(500):
         write(place, BIG, i % 2 * PAGE, b"again")
         handle = place.driver.open(BIG, os.O_RDWR)

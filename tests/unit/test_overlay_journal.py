@@ -174,7 +174,7 @@ class _Names:
     def __init__(self, diff: Diff) -> None:
         base = EmptyBase((0, 0))
         self.namespace = Namespace(base, (0, 0), 0)
-        self.replay = Replay(self.namespace, Stack(base, [diff]), 0)
+        self.replay = Replay(self.namespace, Stack(base, diff, []), 0)
 
     def apply(self, record: records.Record) -> bool:
         try:

@@ -46,6 +46,9 @@ void pbk_file_destroy(struct pbk_file_set *, struct pbk_file *); /* not in use *
 int pbk_file_acquire(struct pbk_file_set *, struct pbk_file *);
 void pbk_file_release(struct pbk_file_set *, struct pbk_file *);
 
+/* *to becomes what *from was, descriptor and all; *from is as after pbk_file_destroy. Nobody uses either. */
+void pbk_file_move(struct pbk_file_set *, struct pbk_file *from, struct pbk_file *to);
+
 /* Makes it the first to be closed. */
 void pbk_file_demote(struct pbk_file_set *, struct pbk_file *);
 

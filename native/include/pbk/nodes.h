@@ -45,7 +45,8 @@ struct pbk_counter {
     uint64_t value;
 };
 
-/* journal may be NULL: nothing is recorded. journal, objects_fd and log_fd (-1: none) are the caller's and outlive it. */
+/* journal may be NULL: nothing is recorded. journal, objects_fd and log_fd (-1: none) are the caller's and outlive it. New
+ * objects are found below objects_fd and are recorded in journal, until pbk_nodes_seal names others. */
 struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int log_fd, size_t index_bytes);
 void pbk_nodes_clear(struct pbk_nodes *); /* removes all nodes */
 void pbk_nodes_free(struct pbk_nodes *);  /* nobody holds a node any more */
@@ -101,6 +102,32 @@ void pbk_node_count_blocks(struct pbk_node *, struct pbk_block_counts *);
 
 /* How much the registered files are in use: reads and changes since each was registered. Calls visit for those with any. */
 void pbk_nodes_visit_heat(struct pbk_nodes *, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg);
+
+/*
+ * Sealing: the objects of all nodes become what is below, and new ones go to another directory and another journal. Between
+ * the three calls the gate is closed, and nobody attaches. pbk_nodes_seal can't fail: what it needs was made before. An fsync
+ * may run all the time; one of an object that is sealed meanwhile ends with the object's own journal.
+ */
+struct pbk_seal;
+/* 0, or -errno and nothing was made. label names the layer in log lines. */
+int pbk_nodes_prepare_seal(struct pbk_nodes *, const char *label, struct pbk_seal **seal);
+void pbk_nodes_cancel_seal(struct pbk_seal *);
+/* All objects are synced. Journal and descriptor are the caller's, as those before them, which are still needed. */
+void pbk_nodes_seal(struct pbk_seal *, struct pbk_journal *journal, int objects_fd);
+
+/* Makes all objects and the journal durable: the first -errno, after trying all. */
+int pbk_nodes_sync(struct pbk_nodes *);
+
+/* The page map of a mapped object; words are n_words each and the caller's to free. */
+struct pbk_page_map {
+    uint64_t *changed;
+    uint64_t *hydrated; /* and not changed */
+    size_t n_words;
+    uint32_t limit;
+    bool is_whole;
+};
+/* 0, -ENOMEM, or PBK_NO_OBJECT also for an object that is not mapped. */
+int pbk_node_page_map(struct pbk_node *, struct pbk_page_map *);
 
 /* Writes the whole visible content to fd, a regular file, from its start, and sets its size. */
 int pbk_node_copy_to(struct pbk_node *, struct pbk_ctx *, int fd);
