@@ -206,6 +206,7 @@ class Dispatcher:
         n_readers: int = 0,
         n_fsync: int = 4,
         log_fd: int = -1,
+        hold_s: int = 0,
     ) -> Dispatcher: ...
     @property
     def socket_fd(self) -> int:
