@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "start": ("pbkfs.cli.start", "Start PostgreSQL on a mount, with safe settings."),
     "stop": ("pbkfs.cli.stop", "Stop the PostgreSQL of a mount."),
     "status": ("pbkfs.cli.status", "Show whether PostgreSQL runs on a mount, and how to connect."),
+    "drill": ("pbkfs.cli.drill", "Hold a restore drill: try a backup out, report, clean up."),
     "wal-get": ("pbkfs.cli.wal_get", "Fetch a WAL file from a store's archive (restore_command)."),
 }
 ALIASES = {"umount": "unmount", "ls": "list"}

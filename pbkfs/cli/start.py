@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from pathlib import Path
@@ -11,10 +10,11 @@ import click
 
 from pbkfs.cli.output import echo_json, format_option
 from pbkfs.cli.pgdata_option import archive_of, cluster_at, pgdata_option, user_option
+from pbkfs.cli.server_options import recovery_options, settings_options
 from pbkfs.errors import UsageError
 from pbkfs.postgres.launch import Reporter, Started, StartOptions
 from pbkfs.postgres.network import split_addresses
-from pbkfs.postgres.recovery import ACTIONS, parse_target
+from pbkfs.postgres.recovery import RecoveryTarget
 from pbkfs.postgres.running import exec_psql
 from pbkfs.postgres.server import start
 
@@ -38,19 +38,7 @@ _PROGRESS_S = 5.0
     type=click.Path(path_type=Path),
     help="Directory of the Unix socket.  [default: a short one of the server's user, 0700]",
 )
-@click.option(
-    "--pg-bindir",
-    type=click.Path(path_type=Path),
-    help="Where the server's programs are.  [default: found by PGDATA's version]",
-)
-@click.option("--shared-buffers", metavar="SIZE", help="Size of shared_buffers.")
-@click.option(
-    "-c",
-    "settings",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A setting of the server, for this start only; beats all others.",
-)
+@settings_options
 @click.option("--pg-options", metavar="ARGS", help="More arguments of postgres, as pg_ctl -o.")
 @click.option(
     "--trust-local",
@@ -65,37 +53,7 @@ _PROGRESS_S = 5.0
     type=click.Path(path_type=Path, dir_okay=False),
     help="The server's log.  [default: in the diff, or beside PGDATA]",
 )
-@click.option("--recovery-target-time", metavar="TIME", help="Recover up to this time.")
-@click.option("--recovery-target-lsn", metavar="LSN", help="Recover up to this WAL position.")
-@click.option("--recovery-target-xid", metavar="XID", help="Recover up to this transaction.")
-@click.option("--recovery-target-name", metavar="NAME", help="Recover up to this restore point.")
-@click.option(
-    "--recovery-target",
-    type=click.Choice(("immediate", "latest")),
-    help="immediate: as soon as the backup is consistent; latest: all archived WAL.",
-)
-@click.option(
-    "--recovery-target-action",
-    type=click.Choice(ACTIONS),
-    help="At the target: promote to a writable server on a new timeline, pause as a read-only "
-    "one, or shut down.  [default: promote]",
-)
-@click.option(
-    "--recovery-target-timeline",
-    metavar="TLI",
-    help="current, latest or a number.  [default: current]",
-)
-@click.option(
-    "--recovery-target-inclusive",
-    "inclusive",
-    type=click.BOOL,
-    help="Whether to stop just after the target or just before it.  [default: true]",
-)
-@click.option(
-    "--wal-archive",
-    type=click.Path(path_type=Path),
-    help="Directory of archived WAL.  [default: the archive of the mount's store]",
-)
+@recovery_options()
 @click.option(
     "--timeout",
     type=float,
@@ -114,18 +72,11 @@ def command(
     socket_dir: Path | None,
     pg_bindir: Path | None,
     shared_buffers: str | None,
-    settings: tuple[str, ...],
+    settings: list[tuple[str, str]],
     pg_options: str | None,
     trust_local: bool,
     log: Path | None,
-    recovery_target_time: str | None,
-    recovery_target_lsn: str | None,
-    recovery_target_xid: str | None,
-    recovery_target_name: str | None,
-    recovery_target: str | None,
-    recovery_target_action: str | None,
-    recovery_target_timeline: str | None,
-    inclusive: bool | None,
+    target: RecoveryTarget | None,
     wal_archive: Path | None,
     timeout: float,
     connect: bool,
@@ -141,24 +92,8 @@ def command(
     A backup starts as of its end. With a recovery target it is recovered further, from the
     archive of its store.
     """
-    target = parse_target(
-        {
-            "time": recovery_target_time,
-            "lsn": recovery_target_lsn,
-            "xid": recovery_target_xid,
-            "name": recovery_target_name,
-        },
-        point=recovery_target,
-        action=recovery_target_action,
-        timeline=recovery_target_timeline,
-        is_inclusive=inclusive,
-    )
-    if wal_archive is not None and target is None:
-        raise UsageError(
-            "--wal-archive without a recovery target", hint="Add --recovery-target latest."
-        )
     cluster = cluster_at(pgdata)
-    archive = wal_archive.absolute() if wal_archive is not None else None
+    archive = wal_archive
     if archive is None and target is not None:
         archive = archive_of(cluster)
     options = StartOptions(
@@ -167,7 +102,7 @@ def command(
         listen_addresses=split_addresses(listen) if listen else "127.0.0.1",
         socket_dir=socket_dir.absolute() if socket_dir is not None else None,
         shared_buffers=shared_buffers,
-        settings=[_parse_setting(text) for text in settings],
+        settings=settings,
         arguments=_split(pg_options),
         trusts_socket=trust_local,
         target=target,
@@ -207,15 +142,6 @@ class _Progress:
         if text != self._shown and now - self._shown_at >= _PROGRESS_S:
             self._shown_at, self._shown = now, text
             _notice(text)
-
-
-def _parse_setting(text: str) -> tuple[str, str]:
-    # Source: src/backend/utils/misc/guc.c, ParseLongOption: a dash in the name is an underscore.
-    name, equals, value = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w$.]*", name):
-        raise UsageError(f"setting {text!r} is not understood", hint="Write it like work_mem=64MB.")
-    return name, value
 
 
 def _split(text: str | None) -> list[str]:
