@@ -31,8 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "backups": ("pbkfs.cli.backups", "List a store's backups and whether they can be mounted."),
     "start": ("pbkfs.cli.start", "Start PostgreSQL on a mount, with safe settings."),
     "stop": ("pbkfs.cli.stop", "Stop the PostgreSQL of a mount."),
-    "status": ("pbkfs.cli.status", "Show whether PostgreSQL runs on a mount, and how to connect."),
+    "status": ("pbkfs.cli.status", "Show the PostgreSQL of a mount, or all trunks and branches."),
     "drill": ("pbkfs.cli.drill", "Hold a restore drill: try a backup out, report, clean up."),
+    "trunk": ("pbkfs.cli.trunk", "Trunks: what branches are made of, without a copy."),
+    "branch": ("pbkfs.cli.branch", "Branches: a server of its own in about a second."),
     "wal-get": ("pbkfs.cli.wal_get", "Fetch a WAL file from a store's archive (restore_command)."),
 }
 ALIASES = {"umount": "unmount", "ls": "list"}

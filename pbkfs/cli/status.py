@@ -1,4 +1,4 @@
-"""``pbkfs status``: whether a server runs on a PGDATA, and how to connect to it."""
+"""``pbkfs status``: the server of a PGDATA, or without ``-D`` all trunks and branches."""
 
 from __future__ import annotations
 
@@ -7,23 +7,54 @@ from pathlib import Path
 
 import click
 
-from pbkfs.cli.output import echo_json, format_fields, format_option
-from pbkfs.cli.pgdata_option import cluster_at, pgdata_option, user_option
+from pbkfs.cli.output import echo_json, format_fields
+from pbkfs.cli.pgdata_option import cluster_at, user_option
 from pbkfs.errors import NotRunningError
 from pbkfs.postgres.running import Status, read_status
 
 
 @click.command("status")
-@pgdata_option
+@click.option(
+    "-D",
+    "--pgdata",
+    "--mnt-path",
+    "pgdata",
+    envvar="PBKFS_PGDATA",
+    metavar="DIR",
+    type=click.Path(path_type=Path, readable=False),
+    help="The mount point, or any other PGDATA; without it, trunks and branches.",
+)
 @user_option
-@format_option
-def command(pgdata: Path, user: str, output: str) -> int:
-    """Show whether PostgreSQL runs on a mount or another PGDATA; exit code 3 if not."""
+@click.option(
+    "-o",
+    "--output",
+    "--format",
+    "output",
+    type=click.Choice(("text", "table", "json", "yaml")),
+    default="text",
+    show_default=True,
+    help="Output format; table is another name of text.",
+)
+def command(pgdata: Path | None, user: str, output: str) -> int:
+    """Show whether PostgreSQL runs on a mount or another PGDATA; exit code 3 if not.
+
+    Without -D, count the trunks and branches of this host and what they take on its disk.
+    """
+    if pgdata is None:
+        from pbkfs.cli.heads import echo_overview
+
+        echo_overview(output)
+        return 0
     cluster = cluster_at(pgdata)
     status = read_status(cluster, user)
+    fields: dict[str, object] = {"data_directory": str(cluster.data_dir)}
+    fields |= _to_json(status) if status else {"running": False}
     if output == "json":
-        fields: dict[str, object] = {"data_directory": str(cluster.data_dir)}
-        echo_json(fields | (_to_json(status) if status else {"running": False}))
+        echo_json(fields)
+    elif output == "yaml":
+        from pbkfs.cli.heads import echo_value
+
+        echo_value(fields, output)
     elif status is None:
         click.echo("not running")
     else:

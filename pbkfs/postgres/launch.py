@@ -45,6 +45,8 @@ class StartOptions:
     settings: Sequence[tuple[str, str]] = ()
     arguments: Sequence[str] = ()
     trusts_socket: bool = False
+    hba: str | None = None
+    """The whole text of an hba file to use in the place of PGDATA's."""
     target: RecoveryTarget | None = None
     archive: Path | None = None
     log: Path | None = None

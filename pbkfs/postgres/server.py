@@ -84,7 +84,9 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
             shared_buffers=options.shared_buffers,
             recovers=recovery is not None,
         )
-        if options.trusts_socket:
+        if options.hba is not None:
+            _plan_hba(cluster, plan, run_dir, options.hba)
+        elif options.trusts_socket:
             _plan_trusting_hba(cluster, plan, run_dir)
         feeder = None
         if recovery is not None:
@@ -239,6 +241,10 @@ def _plan_trusting_hba(cluster: Cluster, plan: SafeStart, run_dir: Path) -> None
         plan.notices.append("only the local socket is open: pg_hba.conf includes other files")
     else:
         text += kept
+    _plan_hba(cluster, plan, run_dir, text)
+
+
+def _plan_hba(cluster: Cluster, plan: SafeStart, run_dir: Path, text: str) -> None:
     path = run_dir / TRUSTING_HBA
     write_for(cluster.owner, path, text.encode("utf-8", "surrogateescape"))
     plan.set("hba_file", str(path))

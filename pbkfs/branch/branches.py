@@ -1,0 +1,402 @@
+"""Branches: made of a trunk or of another branch, taken back, renamed, removed.
+
+Blocking, any thread. What a crash leaves is finished or undone by ``reconcile``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import stat
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pbkfs.branch.durations import parse_ttl
+from pbkfs.branch.engine import Cloned
+from pbkfs.branch.errors import (
+    HasChildrenError,
+    MaxBranchesError,
+    MaxDepthError,
+    NameConflictError,
+    ParentNotFoundError,
+    ParentNotReadyError,
+    WrongStateError,
+)
+from pbkfs.branch.lifecycle import Lifecycle, Say, say_nothing
+from pbkfs.branch.locks import LAYERS
+from pbkfs.branch.names import check_name, check_tag, make_name
+from pbkfs.branch.settings import MAIN
+from pbkfs.branch.store import Head, Kind, Point, Transaction, format_time, now
+from pbkfs.branch.views import Connection, HeadView, Log
+from pbkfs.errors import PbkfsError, PostgresError
+
+# A CHECKPOINT of a busy server writes all that is dirty; it only makes the child's start shorter.
+_CHECKPOINT_LIMIT_S = 600.0
+# What a server writes without WAL, and what is no part of a cluster's state.
+_VOLATILE = ("postmaster.pid", "postmaster.opts", "current_logfiles", "recovery.signal")
+
+
+class Branches:
+    """The operations on branches."""
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._life = lifecycle
+        self.make_main: Callable[[Say], None] = say_nothing_at_all
+
+    # --- making ---------------------------------------------------------------------------------
+
+    def create(
+        self,
+        name: str | None = None,
+        *,
+        parent: str = MAIN,
+        ttl: str | None = None,
+        tags: Sequence[str] = (),
+        auth: Literal["password", "trust"] = "password",
+        keep_failed: bool = False,
+        say: Say = say_nothing,
+    ) -> HeadView:
+        """Make a branch of the present state of ``parent`` and start it.
+
+        Without a name it gets one. A failure leaves nothing behind, or with ``keep_failed`` the
+        branch in the state error. Raises PbkfsError: InvalidNameError, NameConflictError,
+        ParentNotFoundError, ParentNotReadyError, MaxBranchesError, MaxDepthError and others.
+        """
+        life = self._life
+        name = check_name(name) if name else make_name()
+        lifetime = parse_ttl(ttl) if ttl else None
+        tags = [check_tag(tag) for tag in tags]
+        if life.store.find(parent) is None:
+            if parent != MAIN:
+                raise ParentNotFoundError(f"trunk or branch {parent!r} does not exist")
+            say("making the default trunk")
+            self.make_main(say)
+        head_id = str(uuid.uuid4())
+        with life.locks.hold(head_id, what=f"branch {name!r}"):
+            try:
+                with life.locked(parent) as source:
+                    head = self._insert(head_id, name, source, auth, lifetime, tags)
+                    say(f"branching from {parent}")
+                    with life.locks.hold(LAYERS, what="the layers", shared=True):
+                        notes = self._clone(source, head)
+                say("starting PostgreSQL")
+                head = life.bring_up(life.reload(head), say, is_new=not keep_failed)
+            except BaseException:
+                found = life.store.get(head_id)
+                if found is not None and not (keep_failed and found.status == "error"):
+                    with contextlib.suppress(PbkfsError, OSError):
+                        life.erase(found, "creation failed")
+                        life.collect(wait_s=0)
+                raise
+        return life.view_one(head, notes)
+
+    def _insert(
+        self,
+        head_id: str,
+        name: str,
+        source: Head,
+        auth: Literal["password", "trust"],
+        lifetime: float | None,
+        tags: Sequence[str],
+    ) -> Head:
+        life = self._life
+        status = life.status_of(source)
+        if status not in ("running", "stopped"):
+            raise ParentNotReadyError(
+                f"{source.kind} {source.name!r} is {status}",
+                hint=f"Start it first: pbkfs {source.kind} start {source.name}",
+            )
+        head = Head(
+            id=head_id,
+            name=name,
+            kind="branch",
+            parent_id=source.id,
+            status="creating",
+            operation="create",
+            engine=life.engine.name,
+            pg_user=source.pg_user,
+            pg_database=source.pg_database,
+            pg_version=source.pg_version,
+            bindir=source.bindir,
+            auth=auth,
+            created_at=now(),
+            expires_at=_moment_after(lifetime),
+        )
+        with life.store.transaction() as tx:
+            self._check_limits(tx, head, source)
+            tx.insert(head, tags)
+            tx.record(head, "created", f"from {source.name}")
+        return head
+
+    def _check_limits(self, tx: Transaction, head: Head, source: Head) -> None:
+        settings = self._life.settings
+        other = tx.find(head.name)
+        if other is not None:
+            raise NameConflictError(f"a {other.kind} named {head.name!r} exists already")
+        if len(tx.heads("branch")) >= settings.max_branches:
+            raise MaxBranchesError(f"there are {settings.max_branches} branches already")
+        if tx.depth(source) + 1 > settings.max_depth:
+            raise MaxDepthError(
+                f"{source.kind} {source.name!r} is {tx.depth(source)} levels deep, "
+                f"and {settings.max_depth} is the limit"
+            )
+
+    def _clone(self, source: Head, head: Head) -> list[str]:
+        """Make the data of a new branch; returns what the user should know."""
+        life = self._life
+        is_running = source.status == "running"
+        began_at = time.time()
+        if source.started_at is None and source.source != "empty" and source.kind == "trunk":
+            cloned = life.engine.clone_point(source.id, head.id, "")
+        else:
+            with life.store.transaction() as tx:
+                point = tx.point(source.id)
+            if point is not None and self._is_current(source, point):
+                cloned = life.engine.clone_point(source.id, head.id, point.point_id)
+            else:
+                lsn = self._checkpoint(source) if is_running else ""
+                cloned = life.engine.clone(source.id, head.id)
+                with life.store.transaction() as tx:
+                    tx.set_point(Point(source.id, cloned.point, cloned.live_uuid, lsn, began_at))
+        with life.store.transaction() as tx:
+            tx.update(head.id, point_id=cloned.point)
+            tx.record(source, "branched", _describe(head, cloned))
+        return [cloned.note] if cloned.note else []
+
+    def _checkpoint(self, source: Head) -> str:
+        """Let the source write its dirty pages, so that the child starts quickly.
+
+        Returns the server's position in WAL before the seal. Not needed for the child to be right,
+        so a server that can't is none that can't be branched.
+        """
+        serving = self._life.serving
+        try:
+            serving.ask(source, "CHECKPOINT", timeout_s=_CHECKPOINT_LIMIT_S)
+            return self._position(source)
+        except PostgresError:
+            return ""
+
+    def _position(self, source: Head) -> str:
+        rows = self._life.serving.ask(source, "SELECT pg_current_wal_insert_lsn()")
+        return rows[0][0] or ""
+
+    def _is_current(self, source: Head, point: Point) -> bool:
+        """Return whether nothing has changed on the source since its newest point was made."""
+        life = self._life
+        if life.engine.live_uuid(source.id) != point.live_uuid:
+            return False
+        if source.status != "running":
+            began = format_time(datetime.datetime.fromtimestamp(point.created_at, datetime.UTC))
+            return point.lsn == "" and (source.started_at or "") < began
+        try:
+            if point.lsn == "" or self._position(source) != point.lsn:
+                return False
+            return _newest_setting(life.layout.mount(source.id)) < point.created_at
+        except (PostgresError, OSError):
+            return False
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def list_all(
+        self, *, status: str | None = None, parent: str | None = None, tag: str | None = None
+    ) -> list[HeadView]:
+        """Return the branches that fit, oldest first."""
+        return [
+            view
+            for view in self._life.view("branch")
+            if (status is None or view.status == status)
+            and (parent is None or view.parent == parent)
+            and (tag is None or tag in view.tags)
+        ]
+
+    def info(self, name: str) -> HeadView:
+        """Return one branch. Raises UnknownHeadError."""
+        return self._life.view_one(self._life.find(name, "branch"))
+
+    def connection(self, name: str, kind: Kind = "branch") -> Connection:
+        """Return how to connect to a running head, with its password.
+
+        Raises UnknownHeadError, WrongStateError.
+        """
+        head = self._life.find(name, kind)
+        status = self._life.status_of(head)
+        found = self._life.connection(head, with_password=True)
+        if found is None or status != "running":
+            raise WrongStateError(
+                f"{kind} {name!r} is {status}", hint=f"Start it first: pbkfs {kind} start {name}"
+            )
+        return found
+
+    def log(self, name: str, kind: Kind = "branch", *, n_lines: int = 100) -> Log:
+        """Return what happened to a head, and the end of its server's log."""
+        head = self._life.find(name, kind)
+        with self._life.store.transaction() as tx:
+            events = tx.events(head.id)
+        path = self._life.layout.server_log(head.id)
+        return Log(events, self._life.read_log(head, n_lines), str(path))
+
+    # --- changing -------------------------------------------------------------------------------
+
+    def start(self, name: str, say: Say = say_nothing) -> HeadView:
+        """Start a branch that is stopped or in error; one that runs is left as it is."""
+        with self._life.locked(name, "branch") as head:
+            head = self._life.start(head, say)
+        return self._life.view_one(head)
+
+    def stop(self, name: str) -> HeadView:
+        """Stop a branch; its data stays, its port is free for others."""
+        with self._life.locked(name, "branch") as head:
+            head = self._life.stop(head)
+        return self._life.view_one(head)
+
+    def restart(self, name: str, say: Say = say_nothing) -> HeadView:
+        """Stop a branch and start it again."""
+        with self._life.locked(name, "branch") as head:
+            head = self._life.start(self._life.stop(head), say)
+        return self._life.view_one(head)
+
+    def reset(self, name: str, say: Say = say_nothing) -> HeadView:
+        """Take a branch back to where it began; name, port and password stay.
+
+        What was branched from it keeps what it had. Running before, it runs afterwards.
+        """
+        life = self._life
+        with life.locked(name, "branch") as head:
+            if head.status not in ("running", "stopped", "error"):
+                raise WrongStateError(f"branch {name!r} is {head.status}")
+            life.store.update(head.id, operation="reset")
+            self.finish_reset(head)
+            head = life.reload(head)
+            if head.is_wanted:
+                head = life.bring_up(head, say)
+        return life.view_one(head)
+
+    def finish_reset(self, head: Head) -> None:
+        """Take a head back to its point, from the beginning; it is stopped afterwards."""
+        life = self._life
+        life.take_down(head, "immediate")
+        with life.locks.hold(LAYERS, what="the layers", shared=True):
+            life.engine.reset(head.id, head.point_id)
+        with life.store.transaction() as tx:
+            tx.remove_point(head.id)
+            tx.update(
+                head.id, status="stopped", operation="", error="", server_pid=0, server_ticks=0
+            )
+            tx.record(head, "reset")
+        life.collect()
+
+    def rename(self, name: str, new_name: str) -> HeadView:
+        """Give a branch another name; nothing else changes, its server runs on."""
+        check_name(new_name)
+        life = self._life
+        with life.locked(name, "branch") as head, life.store.transaction() as tx:
+            other = tx.find(new_name)
+            if other is not None and other.id != head.id:
+                raise NameConflictError(f"a {other.kind} named {new_name!r} exists already")
+            tx.update(head.id, name=new_name)
+            tx.record(head, "renamed", f"to {new_name}")
+        return life.view_one(head)
+
+    def tag(self, name: str, tags: Sequence[str], *, remove: bool = False) -> HeadView:
+        """Add tags to a branch, or remove them."""
+        tags = [check_tag(tag) for tag in tags]
+        head = self._life.find(name, "branch")
+        with self._life.store.transaction() as tx:
+            (tx.remove_tags if remove else tx.add_tags)(head.id, tags)
+        return self._life.view_one(head)
+
+    def extend(self, name: str, ttl: str) -> HeadView:
+        """Let a branch live for ``ttl`` from now, or without an end: ``never``."""
+        lifetime = parse_ttl(ttl)
+        head = self._life.find(name, "branch")
+        expires_at = _moment_after(lifetime)
+        with self._life.store.transaction() as tx:
+            tx.update(head.id, expires_at=expires_at)
+            tx.record(head, "extended", f"until {expires_at}" if expires_at else "for ever")
+        return self._life.view_one(self._life.reload(head))
+
+    def destroy(
+        self,
+        name: str,
+        *,
+        recursive: bool = False,
+        kind: Kind = "branch",
+        say: Say = say_nothing,
+    ) -> list[str]:
+        """Remove a head, running or not, and with ``recursive`` what was branched from it.
+
+        Returns the names of what is gone, the head's own last. Raises HasChildrenError.
+        """
+        life = self._life
+        with life.locked(name, kind) as head:
+            gone = self._destroy(head, recursive=recursive, say=say)
+        life.collect()
+        return gone
+
+    def _destroy(self, head: Head, *, recursive: bool, say: Say) -> list[str]:
+        life = self._life
+        gone: list[str] = []
+        while True:
+            # Nobody can branch from a head that is deleting.
+            with life.store.transaction() as tx:
+                children = tx.children(head.id)
+                if not children:
+                    tx.update(head.id, status="deleting", operation="destroy")
+            if not children:
+                break
+            if not recursive:
+                names = ", ".join(child.name for child in children)
+                raise HasChildrenError(f"{head.kind} {head.name!r} has branches: {names}")
+            for child in children:
+                with life.locks.hold(child.id, what=f"branch {child.name!r}"):
+                    found = life.store.get(child.id)
+                    if found is not None:
+                        gone += self._destroy(found, recursive=True, say=say)
+        say(f"destroying {head.name}")
+        life.erase(head)
+        return [*gone, head.name]
+
+
+def say_nothing_at_all(say: Say) -> None:
+    """Make no default trunk: nobody has said how."""
+    del say
+
+
+def _moment_after(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+    return format_time(moment)
+
+
+def _describe(head: Head, cloned: Cloned) -> str:
+    if not cloned.gate_ms:
+        return head.name
+    return (
+        f"{head.name}: writes waited {cloned.gate_ms:.1f} ms, stood still {cloned.held_ms:.1f} ms"
+    )
+
+
+def _newest_setting(data_dir: Path) -> float:
+    """Return when a file was changed last that PostgreSQL writes without WAL: its settings.
+
+    They are beside PostgreSQL's own directories. Raises OSError.
+    """
+    newest = 0.0
+    for entry in os.scandir(data_dir):
+        if entry.name in _VOLATILE:
+            continue
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode):
+            newest = max(newest, status.st_mtime, status.st_ctime)
+        elif (
+            stat.S_ISDIR(status.st_mode)
+            and entry.name not in ("base", "global")
+            and (not entry.name.startswith(("pg_", ".")))
+        ):
+            newest = max(newest, _newest_setting(Path(entry.path)))
+    return newest

@@ -1,0 +1,288 @@
+"""What trunks and branches have in common: coming up, going down, being removed, being found.
+
+The steps of one head, each of which can be done again after a crash at any point. Whoever calls
+holds the head's lock (``locks``), except for what only reads. Called by ``trunks``, ``branches``,
+``reconcile``; blocking, any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pbkfs.branch.engine import Engine, Size
+from pbkfs.branch.errors import NameConflictError, UnknownHeadError, WrongStateError
+from pbkfs.branch.layout import Layout
+from pbkfs.branch.locks import LAYERS, Locks
+from pbkfs.branch.ports import assign_port
+from pbkfs.branch.serving import Serving, free_of_holders
+from pbkfs.branch.settings import Settings
+from pbkfs.branch.store import Head, Kind, Store, now
+from pbkfs.branch.views import Connection, HeadView
+from pbkfs.errors import BusyError, PbkfsError
+from pbkfs.postgres.network import first_address
+
+Say = Callable[[str], None]
+
+_PORT_TRIES = 5
+
+
+def say_nothing(text: str) -> None:
+    """Drop ``text``: the progress of an operation that nobody looks at."""
+    del text
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """One DATA directory with all that works on it."""
+
+    layout: Layout
+    settings: Settings
+    store: Store
+    locks: Locks
+    engine: Engine
+    serving: Serving
+
+    # --- finding --------------------------------------------------------------------------------
+
+    def find(self, name: str, kind: Kind | None = None) -> Head:
+        """Return the head of this name. Raises UnknownHeadError."""
+        head = self.store.find(name)
+        if head is None or (kind is not None and head.kind != kind):
+            what = kind or "trunk or branch"
+            hint = None
+            if head is not None:
+                hint = f"{name!r} is a {head.kind}: pbkfs {head.kind} … works on it."
+            raise UnknownHeadError(f"{what} {name!r} does not exist", hint=hint)
+        return head
+
+    @contextlib.contextmanager
+    def locked(self, name: str, kind: Kind | None = None) -> Iterator[Head]:
+        """Hold the lock of the head of this name; gives the head as it is then."""
+        while True:
+            found = self.find(name, kind)
+            with self.locks.hold(found.id, what=f"{found.kind} {name!r}"):
+                head = self.store.find(name)
+                if head is not None and head.id == found.id:
+                    yield head
+                    return
+
+    def check_name_is_free(self, name: str) -> None:
+        """Raise NameConflictError if a trunk or branch has this name."""
+        other = self.store.find(name)
+        if other is not None:
+            raise NameConflictError(f"a {other.kind} named {name!r} exists already")
+
+    def reload(self, head: Head) -> Head:
+        """Return the head as the store has it now. Raises UnknownHeadError."""
+        found = self.store.get(head.id)
+        if found is None:
+            raise UnknownHeadError(f"{head.kind} {head.name!r} does not exist any more")
+        return found
+
+    # --- up and down ----------------------------------------------------------------------------
+
+    def bring_up(self, head: Head, say: Say, *, is_new: bool = False) -> Head:
+        """Mount a head and start its server; returns the head as it is then.
+
+        A failure leaves it not mounted and without a port, and is written down unless ``is_new``:
+        then the caller takes all of it back.
+        """
+        try:
+            return self._bring_up(head, say, is_new=is_new)
+        except BaseException as error:
+            with contextlib.suppress(PbkfsError, OSError):
+                self.take_down(head, "immediate")
+            if not is_new:
+                said = error.message if isinstance(error, PbkfsError) else type(error).__name__
+                first = said.splitlines()[0] if said else said
+                with self.store.transaction() as tx:
+                    tx.release_port(head.id)
+                    tx.update(head.id, status="error", error=first, operation="")
+                    tx.record(head, "start failed", first)
+            raise
+
+    def _bring_up(self, head: Head, say: Say, *, is_new: bool) -> Head:
+        if not is_new:
+            self.store.update(head.id, status="starting", operation="start", error="", is_wanted=1)
+        self.serving.make_password(head)
+        self.engine.mount(head.id)
+        avoid: set[int] = set()
+        for attempt in range(_PORT_TRIES):
+            with self.store.transaction() as tx:
+                port = assign_port(tx, head, self.settings, self.serving.is_port_free, avoid=avoid)
+                head = tx.get(head.id) or head
+            try:
+                served = self.serving.start(head, say)
+                break
+            except BusyError:
+                # Somebody took the port between our look and the server's.
+                if self.serving.is_port_free(port) or attempt + 1 == _PORT_TRIES:
+                    raise
+                avoid.add(port)
+        else:
+            raise AssertionError("unreachable")
+        # At every start: a reset takes the data back to before it was set.
+        self.serving.set_password(head)
+        with self.store.transaction() as tx:
+            tx.update(
+                head.id,
+                status="running",
+                operation="",
+                error="",
+                is_wanted=1,
+                pg_version=served.version,
+                bindir=served.bindir,
+                server_pid=served.postmaster.pid,
+                server_ticks=served.postmaster.start_ticks,
+                started_at=now(),
+            )
+            tx.record(head, "started", f"port {served.port}")
+        return self.reload(head)
+
+    def take_down(self, head: Head, mode: str = "fast") -> None:
+        """Stop the server of a head and unmount it; neither has to be there."""
+        self.serving.stop(head, mode)
+        free_of_holders(lambda: self.engine.unmount(head.id))
+
+    def start(self, head: Head, say: Say) -> Head:
+        """Start a head that is stopped or in error; one that runs is left as it is."""
+        if head.status == "running":
+            if self.serving.is_running(head) and self.engine.is_mounted(head.id):
+                return head
+            self.take_down(head, "immediate")
+        elif head.status not in ("stopped", "error"):
+            raise WrongStateError(f"{head.kind} {head.name!r} is {head.status}")
+        return self.bring_up(head, say)
+
+    def stop(self, head: Head) -> Head:
+        """Stop a head; its data stays, its port is free for others."""
+        if head.status not in ("running", "error", "stopped"):
+            raise WrongStateError(f"{head.kind} {head.name!r} is {head.status}")
+        self.store.update(head.id, operation="stop")
+        self.take_down(head)
+        with self.store.transaction() as tx:
+            tx.release_port(head.id)
+            tx.update(
+                head.id,
+                status="stopped",
+                operation="",
+                error="",
+                is_wanted=0,
+                server_pid=0,
+                server_ticks=0,
+            )
+            if head.status != "stopped":
+                tx.record(head, "stopped")
+        return self.reload(head)
+
+    def erase(self, head: Head, what: str = "destroyed") -> None:
+        """Remove a head with all that it is; it has no children. Can be done again."""
+        self.store.update(head.id, status="deleting", operation="destroy")
+        with contextlib.suppress(PbkfsError):
+            self.serving.stop(head, "immediate")
+        self.engine.destroy(head.id)
+        self.serving.forget_password(head)
+        with self.store.transaction() as tx:
+            tx.delete(head.id)
+            tx.record(head, what)
+
+    def collect(self, wait_s: float = 10.0) -> list[str]:
+        """Delete layers and points that nobody refers to any more.
+
+        Left for the next time where a branch is made all the while.
+        """
+        try:
+            with self.locks.hold(LAYERS, what="the layers", wait_s=wait_s):
+                with self.store.transaction() as tx:
+                    points = tx.point_ids()
+                return self.engine.collect(points)
+        except BusyError:
+            return []
+
+    # --- showing --------------------------------------------------------------------------------
+
+    def status_of(self, head: Head) -> str:
+        """Return the state of a head, seen and not only remembered."""
+        if head.status == "running" and not self.serving.is_running(head):
+            return "error"
+        return head.status
+
+    def connection(self, head: Head, *, with_password: bool = False) -> Connection | None:
+        """Return how to connect to a head; None if it has never had a port."""
+        if not head.port:
+            return None
+        host = first_address(self.settings.listen_addresses) or "127.0.0.1"
+        password = self.serving.password(head) if with_password else None
+        return Connection(host, head.port, head.pg_user, head.pg_database, password)
+
+    def view(self, kind: Kind | None = None, *, with_sizes: bool = True) -> list[HeadView]:
+        """Return all heads as they are shown, oldest first."""
+        with self.store.transaction() as tx:
+            heads, tags = tx.heads(), tx.tags()
+        sizes = self.sizes(heads) if with_sizes else {}
+        names = {head.id: head.name for head in heads}
+        children: dict[str, list[str]] = {}
+        depths: dict[str, int] = {}
+        for head in heads:
+            depths[head.id] = depths.get(head.parent_id, 0) + 1 if head.parent_id else 0
+            if head.parent_id:
+                children.setdefault(head.parent_id, []).append(head.name)
+        return [
+            HeadView(
+                head=head,
+                status=self.status_of(head),
+                parent=names.get(head.parent_id or ""),
+                tags=tags.get(head.id, []),
+                size=sizes.get(head.id, Size()),
+                connection=self.connection(head),
+                depth=depths[head.id],
+                children=children.get(head.id, []),
+            )
+            for head in heads
+            if kind is None or head.kind == kind
+        ]
+
+    def view_one(self, head: Head, notes: list[str] | None = None) -> HeadView:
+        """Return one head as it is shown."""
+        for found in self.view():
+            if found.head.id == head.id:
+                found.notes.extend(notes or [])
+                return found
+        raise UnknownHeadError(f"{head.kind} {head.name!r} does not exist any more")
+
+    def sizes(self, heads: list[Head]) -> dict[str, Size]:
+        """Return the sizes of heads by id."""
+        return self.engine.sizes(self.point_users(heads))
+
+    def point_users(self, heads: list[Head]) -> dict[str, set[str]]:
+        """Return which heads refer to which branch point."""
+        users: dict[str, set[str]] = {}
+        with self.store.transaction() as tx:
+            for head in heads:
+                if head.point_id:
+                    users.setdefault(head.point_id, set()).add(head.id)
+                point = tx.point(head.id)
+                if point is not None:
+                    users.setdefault(point.point_id, set()).add(head.id)
+        return users
+
+    def read_log(self, head: Head, n_lines: int) -> list[str]:
+        """Return the last lines of a head's server log."""
+        path = self.layout.server_log(head.id)
+        try:
+            return tail_lines(path, n_lines)
+        except FileNotFoundError:
+            return []
+
+
+def tail_lines(path: Path, n_lines: int) -> list[str]:
+    """Return the last lines of a text file, of its last MiB at most. Raises OSError."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 20)))
+        lines = file.read().decode(errors="replace").splitlines()
+    return lines[-n_lines:] if n_lines > 0 else []

@@ -1,0 +1,97 @@
+"""After a crash: compare what the store intends with what there is, and finish or undo.
+
+An operation that died is one that is written down as under way and whose lock nobody holds. Every
+operation begins with this; it costs some milliseconds where nothing is to be done. Never touched:
+a head whose lock is held, a directory that the store does not know of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from pbkfs.branch.branches import Branches
+from pbkfs.branch.lifecycle import Lifecycle
+from pbkfs.branch.store import Head
+from pbkfs.branch.trunks import Trunks
+from pbkfs.errors import BusyError, PbkfsError
+
+logger = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Finds and settles what operations left that did not come to their end."""
+
+    def __init__(self, lifecycle: Lifecycle, branches: Branches, trunks: Trunks) -> None:
+        self._life = lifecycle
+        self._branches = branches
+        self._trunks = trunks
+
+    def run(self) -> list[str]:
+        """Settle all heads and remove what nobody refers to; returns what was done, for people."""
+        done: list[str] = []
+        # Children first: what is deleted must have none.
+        for head in reversed(self._life.store.heads()):
+            if not self._needs_attention(head):
+                continue
+            try:
+                with self._life.locks.hold(head.id, what=head.name, wait_s=0):
+                    found = self._life.store.get(head.id)
+                    if found is not None:
+                        done += self._settle(found)
+            except BusyError:
+                continue  # it is being worked on
+            except PbkfsError as error:
+                logger.error("%s %s can't be settled: %s", head.kind, head.name, error.message)
+                done.append(f"{head.kind} {head.name} can't be settled: {error.message}")
+        if done:
+            self._life.collect(wait_s=0)
+        return done
+
+    def _needs_attention(self, head: Head) -> bool:
+        if head.operation or head.status in ("creating", "starting", "deleting"):
+            return True
+        return head.status == "running" and not self._life.serving.is_running(head)
+
+    def _settle(self, head: Head) -> list[str]:
+        life = self._life
+        what = f"{head.kind} {head.name}"
+        if head.status == "creating":
+            life.erase(head, "creation was cut short")
+            return [f"{what}: creation was cut short, removed"]
+        if head.status == "deleting":
+            with life.store.transaction() as tx:
+                if tx.children(head.id):
+                    return []
+            life.erase(head)
+            return [f"{what}: destroyed"]
+        if head.operation == "reset":
+            self._branches.finish_reset(head)
+            return [f"{what}: reset finished"]
+        if head.operation == "refresh":
+            self._trunks.finish_refresh(head)
+            return [f"{what}: refresh settled"]
+        return self._settle_server(head, what)
+
+    def _settle_server(self, head: Head, what: str) -> list[str]:
+        """A start or stop was cut short, or the server is gone: take down what is left of it."""
+        life = self._life
+        if head.status == "running" and head.operation == "" and life.serving.is_running(head):
+            return []
+        if head.status == "running" and head.operation == "" and life.serving.find(head):
+            return []  # another server than the one on record: somebody else's business
+        with contextlib.suppress(PbkfsError):
+            life.take_down(head, "fast" if head.operation == "stop" else "immediate")
+        is_stopped = head.operation in ("stop", "start") or head.status == "starting"
+        with life.store.transaction() as tx:
+            tx.release_port(head.id)
+            tx.update(
+                head.id,
+                status="stopped" if is_stopped else "error",
+                operation="",
+                error="" if is_stopped else "its server ended by itself",
+                server_pid=0,
+                server_ticks=0,
+            )
+            tx.record(head, "stopped" if is_stopped else "server ended by itself")
+        return [f"{what}: {'stopped' if is_stopped else 'its server had ended by itself'}"]

@@ -1,0 +1,186 @@
+"""The server of a head: start it on the head's mount, ask it, stop it.
+
+Nothing here knows how the PGDATA came about. Called by ``lifecycle``; blocking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pbkfs import durable
+from pbkfs.branch.layout import Layout
+from pbkfs.branch.settings import Settings
+from pbkfs.branch.store import Head
+from pbkfs.errors import BusyError, NotRunningError, PbkfsError, PostgresError
+from pbkfs.postgres.cluster import Cluster, open_cluster
+from pbkfs.postgres.launch import Reporter, StartOptions
+from pbkfs.postgres.network import port_is_free
+from pbkfs.postgres.postmaster import Postmaster, find_postmaster, read_pid_file
+from pbkfs.postgres.query import make_scram_secret, quote_identifier, run_query
+from pbkfs.postgres.running import stop
+from pbkfs.postgres.server import start
+
+_STOP_LIMIT_S = 120.0
+_KILL_LIMIT_S = 10.0
+
+# The socket lies in a directory of the server's user, 0700. md5 takes both kinds of stored
+# passwords, so that the roles of the original can still log in; ours is always a SCRAM one.
+_LOCAL = "local all all trust\nlocal replication all trust\n"
+_HBA = {
+    "password": "host all {user} all scram-sha-256\nhost all all all md5\n"
+    "host replication all all md5\n",
+    "trust": "host all all all trust\nhost replication all all trust\n",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that came up."""
+
+    postmaster: Postmaster
+    port: int
+    version: str
+    bindir: str
+
+
+class Serving:
+    """Servers on the mounts of one DATA directory."""
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        self._layout = layout
+        self._settings = settings
+
+    def cluster(self, head: Head) -> Cluster:
+        """Return the mounted PGDATA of a head. Raises PbkfsError."""
+        return open_cluster(self._layout.mount(head.id), self._layout.head(head.id))
+
+    def is_port_free(self, port: int) -> bool:
+        """Return whether a server could listen on ``port`` now."""
+        return port_is_free(self._settings.listen_addresses, port)
+
+    def start(self, head: Head, say: Callable[[str], None]) -> Served:
+        """Start the server of a mounted head on its port and wait until it answers.
+
+        Raises BusyError where the port was taken meanwhile, PostgresError, TimedOutError.
+        """
+        user = '"' + head.pg_user.replace('"', '""') + '"'
+        settings = [("cluster_name", f"pbkfs {head.name}")]
+        if head.wal_level:
+            settings.append(("wal_level", head.wal_level))
+        options = StartOptions(
+            bindir=Path(head.bindir) if head.bindir else self._settings.pg_bin_dir,
+            port=head.port,
+            listen_addresses=self._settings.listen_addresses,
+            settings=settings,
+            hba=_LOCAL + _HBA[head.auth].format(user=user),
+            user=head.pg_user,
+        )
+        started = start(self.cluster(head), options, Reporter(say, lambda _: None))
+        assert started.postmaster is not None
+        assert started.place is not None
+        return Served(
+            started.postmaster,
+            started.place.port,
+            started.binaries.version,
+            str(started.binaries.bindir),
+        )
+
+    def find(self, head: Head) -> Postmaster | None:
+        """Return the running server of a head: by what the store knows, else by a search."""
+        if head.server_pid:
+            known = Postmaster(head.server_pid, head.server_ticks, self._layout.mount(head.id))
+            if known.is_alive():
+                return known
+        return find_postmaster(self._layout.mount(head.id))
+
+    def is_running(self, head: Head) -> bool:
+        """Return whether the very server that the store knows of runs."""
+        return (
+            bool(head.server_pid)
+            and Postmaster(
+                head.server_pid, head.server_ticks, self._layout.mount(head.id)
+            ).is_alive()
+        )
+
+    def ask(self, head: Head, sql: str, *, timeout_s: float = 60.0) -> list[list[str | None]]:
+        """Run SQL as the head's user over the trusted socket. Raises PostgresError, TimedOutError,
+        NotRunningError."""
+        pid_file = read_pid_file(self._layout.mount(head.id))
+        if pid_file is None or pid_file.port is None:
+            raise NotRunningError(f"no server runs on {head.kind} {head.name!r}")
+        return run_query(
+            Path(pid_file.socket_dir), pid_file.port, sql, user=head.pg_user, timeout_s=timeout_s
+        )
+
+    def stop(self, head: Head, mode: str = "fast") -> None:
+        """Stop the server of a head if it runs; a fast stop that takes too long is made immediate.
+
+        Raises TimedOutError, HostError.
+        """
+        data_dir = self._layout.mount(head.id)
+        owner = None
+        with contextlib.suppress(PbkfsError, OSError):
+            owner = self.cluster(head).owner
+        with contextlib.suppress(NotRunningError):
+            if mode == "immediate":
+                stop(data_dir, owner, "immediate", _KILL_LIMIT_S)
+            else:
+                stop(data_dir, owner, mode, _STOP_LIMIT_S)
+
+    # --- passwords ------------------------------------------------------------------------------
+
+    def make_password(self, head: Head) -> None:
+        """Give a head a random password; the server is told by ``set_password``. Raises OSError."""
+        path = self._layout.secret(head.id)
+        if head.auth == "password" and not path.exists():
+            durable.replace_file(path, secrets.token_urlsafe(18).encode() + b"\n", label="secret")
+
+    def password(self, head: Head) -> str | None:
+        """Return the password of a head; None if it trusts everybody. Raises OSError."""
+        if head.auth == "trust":
+            return None
+        return self._layout.secret(head.id).read_text(encoding="ascii").strip()
+
+    def set_password(self, head: Head) -> None:
+        """Tell the running server of a head its password. Raises PostgresError."""
+        password = self.password(head)
+        if password is None:
+            return
+        role = quote_identifier(head.pg_user)
+        try:
+            self.ask(head, f"ALTER ROLE {role} PASSWORD '{make_scram_secret(password)}'")
+        except PostgresError as error:
+            raise PostgresError(
+                f"cannot set the password of role {head.pg_user!r}: {error.message}",
+                hint="Name a superuser of the cluster with PBKFS_DEFAULT_PG_USER.",
+            ) from error
+
+    def forget_password(self, head: Head) -> None:
+        """Remove the password of a head that is gone."""
+        self._layout.secret(head.id).unlink(missing_ok=True)
+
+
+def free_of_holders(unmount: Callable[[], None], limit_s: float = 5.0) -> None:
+    """Call ``unmount`` again and again while it says busy.
+
+    The last processes of a server that ended may take a moment to let go of their directory.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            return unmount()
+        except BusyError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
+
+
+def server_user() -> str:
+    """Return who would own a new cluster: postgres for root, else the caller. For messages."""
+    return "postgres" if os.geteuid() == 0 else "this user"

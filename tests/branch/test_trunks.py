@@ -1,0 +1,95 @@
+"""Trunks of every source through the real command line, with real servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fix_branches import Heads
+from fix_postgres import Cluster
+
+
+def test_default_trunk_is_made_when_it_is_needed(heads: Heads) -> None:
+    made = heads.json("branch", "create", "a")
+    assert made["parent"] == "main"
+    heads.sql("a", "create table t ()")
+    info = heads.run("trunk", "info").stdout
+    for label in ("Status", "Port", "Database", "PG Version", "WAL Level", "Started", "Connection"):
+        assert f"{label}:" in info
+    table = heads.run("trunk", "list").stdout.splitlines()
+    assert " ".join(table[0].split()) == "NAME STATUS PORT DATABASE WAL LEVEL"
+    assert table[1].split()[:2] == ["main", "running"]
+    assert "can't be destroyed" in heads.fail(8, "trunk", "destroy", "main", "--yes")
+
+
+def test_trunk_of_a_backup(heads: Heads, catalog: Path) -> None:
+    made = heads.json(
+        "trunk", "create", "prod", "--from-backup", catalog, "--instance", "main", "-i", "latest"
+    )
+    assert made["status"] == "running"
+    heads.branch("a", "prod")
+    assert heads.sql("a", "select 1") == "1"
+
+
+def test_trunk_that_was_never_started_is_branched_as_it_is(heads: Heads, basebackup: Path) -> None:
+    made = heads.trunk("prod", basebackup, "--no-start")
+    assert made["status"] == "stopped"
+    heads.branch("a", "prod")
+    heads.branch("b", "prod")
+    heads.sql("a", "delete from unhinted")
+    assert heads.sql("b", "select count(*) from unhinted") == "10000"
+    heads.run("branch", "reset", "a", "--yes")
+    assert heads.sql("a", "select count(*) from unhinted") == "10000"
+    # Started later, it is sealed like every other.
+    heads.run("trunk", "start", "prod")
+    heads.sql("prod", "delete from unhinted where n > 10", kind="trunk")
+    heads.branch("c", "prod")
+    assert heads.sql("c", "select count(*) from unhinted") == "10"
+    heads.check_cluster("c")
+
+
+def test_trunk_of_a_running_server(heads: Heads, newest_cluster: Cluster) -> None:
+    newest_cluster.start()
+    newest_cluster.sql("create table t as select generate_series(1, 5) as n")
+    heads.json("trunk", "create", "copy", "--from-url", newest_cluster.uri)
+    heads.branch("a", "copy")
+    assert heads.sql("a", "select count(*) from t") == "5"
+    newest_cluster.stop()
+    url = "postgresql://postgres:secret@127.0.0.1:1/postgres"
+    said = heads.fail(10, "trunk", "create", "x", "--from-url", url)
+    assert "secret" not in said
+    heads.run("trunk", "destroy", "copy", "--yes")
+    assert list((heads.layout.root / "backups").iterdir()) == []
+
+
+def test_trunk_stop_leaves_branches_alone(heads: Heads, pgdata_template: Path) -> None:
+    heads.trunk("prod", pgdata_template)
+    heads.branch("a", "prod")
+    heads.run("trunk", "stop", "prod")
+    assert heads.sql("a", "select 1") == "1"
+    assert heads.info("prod", "trunk")["status"] == "stopped"
+    assert "is stopped" in heads.fail(8, "trunk", "connect", "prod", "--uri")
+
+
+def test_refresh(heads: Heads, pgdata_template: Path, stopped_cluster: Path) -> None:
+    heads.trunk("prod", pgdata_template)
+    heads.sql("prod", "create table old ()", kind="trunk")
+    heads.branch("a", "prod")
+    uri = heads.uri("prod", "trunk")
+    heads.run("trunk", "refresh", "prod", "--from-dir", stopped_cluster, "--yes")
+    assert heads.uri("prod", "trunk") == uri
+    heads.branch("b", "prod")
+    assert heads.sql("a", "select to_regclass('old') is not null") == "t"
+    assert heads.sql("b", "select count(*) from unhinted") == "10000"
+    heads.run("branch", "restart", "a")
+    assert heads.sql("a", "select to_regclass('old') is not null") == "t"
+    heads.run("branch", "destroy", "a", "--yes")
+    assert heads.leftovers() == []
+
+
+@pytest.mark.parametrize("source", ["--empty"])
+def test_sources_exclude_each_other(heads: Heads, source: str) -> None:
+    assert "exclude each other" in heads.fail(
+        2, "trunk", "create", "x", source, "--from-dir", "/tmp"
+    )
+    assert "need a store" in heads.fail(2, "trunk", "create", "x", "-i", "ABC")
