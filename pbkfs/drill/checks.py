@@ -48,7 +48,7 @@ def _quote(rows: list[str]) -> str:
     if not rows:
         return "nothing"
     text = rows[0] if len(rows[0]) <= 60 else f"{rows[0][:59]}…"
-    text = "true" if text == "t" else text
+    text = {"t": "true", "": "an empty value"}.get(text, text)
     return text if len(rows) == 1 else f"{text} and {len(rows) - 1} more rows"
 
 

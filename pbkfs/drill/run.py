@@ -20,7 +20,14 @@ from pbkfs.drill.report import Check, Phase, Problem, Recovery, Report
 from pbkfs.drill.request import DrillRequest
 from pbkfs.drill.server import NULL, Deadline, DrillServer, find_psql
 from pbkfs.drill.signals import Signals, StoppedError
-from pbkfs.errors import FormatError, PbkfsError, PostgresError, TimedOutError
+from pbkfs.errors import (
+    FormatError,
+    HostError,
+    NotRunningError,
+    PbkfsError,
+    PostgresError,
+    TimedOutError,
+)
 from pbkfs.mount import control
 from pbkfs.mount.owner import host_name
 from pbkfs.mount.statistics import measure_disk
@@ -285,7 +292,13 @@ class _Drill:
 
     def _check_store(self, place: Place) -> None:
         """Say whether what was read of the backup could be read, whoever asked for it."""
-        stat = control.call(place.diff, "stat", timeout_s=self._deadline.left_s())["stat"]
+        try:
+            stat = control.call(place.diff, "stat", timeout_s=self._deadline.left_s())["stat"]
+        except NotRunningError:
+            raise HostError(
+                "the mount's worker died during the drill",
+                hint="The kernel's log may say why (dmesg): out of memory, or a crash.",
+            ) from None
         n_errors = int(stat["overlay"]["read_errors"])
         warnings = place.worker_warnings()
         if n_errors:

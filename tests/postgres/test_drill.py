@@ -27,6 +27,9 @@ from fix_postgres import ArchivedSource, Programs, server_pids, wait_until
 from machine import ROOT, open_to_everybody, own_mounts, postgres_bindir
 from servers import MountedServer
 
+from pbkfs import errors
+from pbkfs.mount.lock import read_owner
+
 FULL = "a_full_none_stream"
 DELTAS = "b_full_delta_delta_zlib_stream"
 ARCHIVE = "c_full_page_page_archive_pglz"
@@ -380,18 +383,15 @@ def titles(below: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["mount", "start", "sql"])
-def test_a_signal_ends_it_and_leaves_nothing(
-    drills: Drills, shared_catalog: CatalogStore, moment: str, signum: signal.Signals
-) -> None:
-    path = drills.root / "report.json"
-    args = drills.command(
-        "-B", shared_catalog(DELTAS), "--latest", "--report", path,
-        "--sql", "forever: select pg_sleep(600)",
-    )  # fmt: skip
+@contextlib.contextmanager
+def begun(
+    drills: Drills, *args: str | os.PathLike[str], until: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A drill that has come to the moment ``until`` and, if nobody ends it, stays at an SQL check
+    for ever."""
+    command = drills.command(*args, "--sql", "forever: select pg_sleep(600)")
     with subprocess.Popen(
-        [sys.executable, "-m", "pbkfs", *args],
+        [sys.executable, "-m", "pbkfs", *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -400,24 +400,54 @@ def test_a_signal_ends_it_and_leaves_nothing(
 
         def has_come() -> bool:
             assert drill.poll() is None, drill.communicate()
-            if moment == "sql":
+            if until == "sql":
                 return any("SELECT" in title for title in titles(drills.work_dir))
-            if moment == "start":
+            if until == "start":
                 return bool(server_pids(drills.work_dir))
             return any(root.joinpath("diff").exists() for root in drills.work_dir.iterdir())
 
         try:
             wait_until(has_come)
-            drill.send_signal(signum)
-            out, err = drill.communicate(timeout=60)
+            yield drill
         finally:
             drill.kill()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["mount", "start", "sql"])
+def test_a_signal_ends_it_and_leaves_nothing(
+    drills: Drills, shared_catalog: CatalogStore, moment: str, signum: signal.Signals
+) -> None:
+    path = drills.root / "report.json"
+    args = ["-B", shared_catalog(DELTAS), "--latest", "--report", path]
+    with begun(drills, *args, until=moment) as drill:
+        drill.send_signal(signum)
+        out, err = drill.communicate(timeout=60)
     assert drill.returncode == 128 + signum, (out, err)
     assert f"interrupted: stopped by {signum.name}" in err
     drills.assert_nothing_is_left()
     report = json.loads(path.read_text())
     assert report["result"] == "interrupted"
     assert results(report)["sql forever"] == "not run"
+
+
+def test_the_death_of_the_worker_leaves_nothing(
+    drills: Drills, shared_catalog: CatalogStore
+) -> None:
+    args = ["-B", shared_catalog(FULL), "--latest"]
+    with begun(drills, *args, until="sql") as drill:
+        (root,) = drills.work_dir.iterdir()
+        worker = read_owner(root / "diff")
+        assert worker is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        for pid in server_pids(drills.work_dir):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        out, err = drill.communicate(timeout=60)
+    assert drill.returncode == errors.HostError.exit_code, (out, err)
+    assert "the mount's worker died" in err
+    assert "failed" in out
+    drills.assert_nothing_is_left()
 
 
 def test_keep_leaves_it_for_inspection(
