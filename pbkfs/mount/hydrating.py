@@ -32,6 +32,8 @@ _MIN_PIECE_BYTES = 128 << 10
 _PIECES_PER_S = 4
 # The rate shown is that of the last seconds.
 _RATE_WINDOW_S = 5.0
+# How often a pause looks whether the step under way has ended.
+_POLL_S = 0.005
 # Left on the disk for those who work on the mount, but not more than a 50th of it.
 _RESERVE_BYTES = 256 << 20
 
@@ -65,6 +67,8 @@ class Hydrator:
         self._is_wanted = False
         self._wanted: trio.Event | None = None
         self._running: trio.CancelScope | None = None
+        self._is_busy = False
+        self._is_paused = False
 
     def start(self, rate_limit: int | None) -> None:
         """Begin, or go on after a stop; a running one only gets the new limit, if there is one."""
@@ -85,6 +89,25 @@ class Hydrator:
             self._running.cancel()
         elif self._state == "looking":
             self._state = "stopped"
+
+    async def pause(self) -> bool:
+        """Stop, and return when nothing is under way; whether it was wanted, for ``resume``."""
+        import trio
+
+        was_wanted = self._is_wanted or (
+            self._running is not None and not self._running.cancel_called
+        )
+        self.stop()
+        self._is_paused = True
+        while self._is_busy:
+            await trio.sleep(_POLL_S)
+        return was_wanted
+
+    def resume(self, *, is_wanted: bool) -> None:
+        """End a pause; go on if it was wanted before, or was started meanwhile."""
+        self._is_paused = False
+        if is_wanted or self._is_wanted:
+            self.start(None)
 
     async def look(self) -> None:
         """Count what is missing, without bringing it up; while it runs the counts are there."""
@@ -124,21 +147,25 @@ class Hydrator:
         import trio
 
         while True:
-            while not self._is_wanted:
+            while not self._is_wanted or self._is_paused:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
             self._is_wanted = False
-            with trio.CancelScope() as self._running:
-                try:
-                    await self._run()
-                except OSError as error:
-                    self._fail(error)
-            is_stopped = self._running.cancelled_caught
-            self._running = None
-            if is_stopped:
-                self._state = "stopped"
-                logger.info("hydration stopped, %s", self._progress())
-                await self._sync()
+            self._is_busy = True
+            try:
+                with trio.CancelScope() as self._running:
+                    try:
+                        await self._run()
+                    except OSError as error:
+                        self._fail(error)
+                is_stopped = self._running.cancelled_caught
+                self._running = None
+                if is_stopped:
+                    self._state = "stopped"
+                    logger.info("hydration stopped, %s", self._progress())
+                    await self._sync()
+            finally:
+                self._is_busy = False
 
     async def _run(self) -> None:
         import trio

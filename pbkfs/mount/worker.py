@@ -30,6 +30,7 @@ from pbkfs.mount.opening import OpenMount, host_errors, now
 from pbkfs.mount.owner import host_name, this_process
 from pbkfs.mount.report import ReportWriter, error_to_fields
 from pbkfs.mount.request import reason
+from pbkfs.mount.sealing import Sealer
 
 if TYPE_CHECKING:
     import trio
@@ -244,6 +245,7 @@ class Worker:
             "unmount": self._on_unmount,
             "hydrate": self._on_hydrate,
             "hydration": self._on_hydration,
+            "seal": self._on_seal,
         }
         return {op: self._counted(handler) for op, handler in handlers.items()}
 
@@ -375,6 +377,22 @@ class Worker:
         if request.get("look"):
             await self.hydrator.look()
         return {"hydration": self.hydrator.fields()}
+
+    async def _on_seal(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._session is not None
+        assert self._unmounting is not None
+        async with self._unmounting:
+            n_waiting = self.session_counters().get("waiting_for_space", 0)
+            if n_waiting or self._session.is_closed:
+                why = f"{n_waiting} writes wait for space" if n_waiting else "it is unmounted"
+                raise BusyError(
+                    f"diff {self.opened.diff_path} can't be sealed now: {why}",
+                    hint="Make room on its file system first." if n_waiting else None,
+                )
+            opened = self.opened
+            return await Sealer(
+                opened.tree, opened.diff_path, opened.place.path, self.hydrator
+            ).seal(request)
 
     def session_counters(self) -> dict[str, int]:
         """Return the counters of the kernel's side."""

@@ -4,8 +4,9 @@ Owns the order of a seal and what is on the disk at each moment. Nothing is copi
 rename, that of the superblock, is the switch: before it all is as it was, and a failure takes away
 what was made; after it nothing may fail, and if it does, the process has to end (BrokenSealError).
 
-Making a ``Seal``, ``switch`` and ``cancel`` belong to the thread that owns the tree; ``prepare``
-and ``finish``, which wait for the disk, may run in any other one. In between requests go on.
+Making a ``Seal``, ``switch`` and ``cancel`` belong to the thread that owns the tree; ``prepare``,
+``sync`` and ``finish``, which wait for the disk, may run in any other one. Requests go on between
+these.
 """
 
 from __future__ import annotations
@@ -98,6 +99,10 @@ class Seal:
                 self._wal = WalCopy(self._diff.wal_path, self._child.wal_path)
                 if self._start is not None:
                     self._wal.advance(self._start)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make what the old layer has now durable: ``switch`` has to wait for the rest only."""
         self._contents.nodes.sync()
         self._old.sync()
 
