@@ -3,6 +3,8 @@
 #include "pbk/journal.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,11 +18,15 @@
 #define RANGES_PER_FRAME 65536u
 #define PAGES_HEAD 13u
 
+/* Space on the disk behind the end, so that names change and written pages become durable on a full disk, too. */
+#define ROOM_BYTES UINT64_C(131072)
+
 struct pbk_journal {
     int fd;
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t synced_more;
     uint64_t end;
+    uint64_t room_end; /* the disk has space for it up to here */
     uint64_t synced;
     bool is_syncing;
     int failed; /* a negative errno that answers everything from now on */
@@ -33,6 +39,7 @@ struct pbk_journal *pbk_journal_new(int fd, uint64_t end)
         return NULL;
     journal->fd = fd;
     journal->end = end;
+    journal->room_end = end;
     if (pthread_mutex_init(&journal->lock, NULL) != 0) {
         free(journal);
         return NULL;
@@ -67,6 +74,17 @@ static const char *step_of(uint8_t type)
     return type < sizeof(labels) / sizeof(labels[0]) && labels[type] != NULL ? labels[type] : "journal:name";
 }
 
+/* Where it can't be had, an append will tell. */
+static void make_room(struct pbk_journal *journal)
+{
+    if (journal->room_end >= journal->end + ROOM_BYTES / 2)
+        return;
+    if (fallocate(journal->fd, FALLOC_FL_KEEP_SIZE, (off_t)journal->end, (off_t)ROOM_BYTES) == 0)
+        journal->room_end = journal->end + ROOM_BYTES;
+    else if (errno == EOPNOTSUPP)
+        journal->room_end = UINT64_MAX; /* the file system does not know how */
+}
+
 int pbk_journal_append(struct pbk_journal *journal, const void *payload, size_t n, uint64_t *end)
 {
     uint8_t head[8];
@@ -82,6 +100,7 @@ int pbk_journal_append(struct pbk_journal *journal, const void *payload, size_t 
     pthread_mutex_lock(&journal->lock);
     int err = journal->failed;
     if (err == 0) {
+        make_room(journal);
         pbk_step(step_of(*(const uint8_t *)payload));
         err = pbk_pwritev_full(journal->fd, iov, 2, journal->end);
         if (err == 0)
@@ -89,6 +108,8 @@ int pbk_journal_append(struct pbk_journal *journal, const void *payload, size_t 
         else if (pbk_ftruncate(journal->fd, journal->end) != 0)
             /* Part of a frame is left, and the next one could complete it to something that checks. */
             journal->failed = -EIO;
+        else
+            journal->room_end = journal->end; /* the truncation gave it back */
         if (end != NULL)
             *end = journal->end;
     }

@@ -60,7 +60,7 @@ class Writer:
     """Overwrites a file and syncs it, in a process of its own: a close of its file waits, too."""
 
     def __init__(self, path: Path, content: bytes) -> None:
-        command = [sys.executable, "-c", _WRITE, path]
+        command = [sys.executable, "-c", _WRITE, str(path)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self.process.stdin is not None
         self.process.stdin.write(content)
@@ -81,8 +81,17 @@ def add_relation(base: Path, n_mib: int) -> tuple[Path, bytes]:
     return path, content
 
 
+def fill(path: Path) -> None:
+    """Take all the space that there is."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(fd, bytes(4096))
+    os.close(fd)
+
+
 def is_full(at: Place) -> bool:
-    return mine(at)[0]["state"] == "full"
+    return bool(mine(at)[0]["state"] == "full")
 
 
 def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[int], None]) -> None:
@@ -119,16 +128,34 @@ def test_a_copy_up_waits_for_space(at: Place, base: Path) -> None:
     (base / "small").write_bytes(b"s" * MIB)
     at.mount("--base", base)
     filler = at.diff / "filler"
-    with open(filler, "wb") as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(65536))
-            file.flush()
+    fill(filler)
     writer = Writer(at.mnt / "small", b"new")
     wait_for(lambda: is_full(at), "the disk should be full")
     filler.unlink()
     assert writer.error() == 0
     assert (at.mnt / "small").read_bytes() == b"new" + b"s" * (MIB - 3)
     run_pbkfs("unmount", "-D", at.mnt)
+
+
+@pytest.mark.usefixtures("small")
+def test_names_change_on_a_full_disk(at: Place, base: Path) -> None:
+    """The journal has room of its own, so files can be removed to make space."""
+    (base / "other").write_bytes(b"o")
+    at.mount("--base", base)
+    (at.mnt / "made").write_bytes(b"m" * MIB)
+    os.sync()
+    fill(at.diff / "filler")
+    for n in range(500):
+        os.rename(at.mnt / ("other" if n == 0 else f"other{n}"), at.mnt / f"other{n + 1}")
+    (at.mnt / "made").unlink()
+    directory = os.open(at.mnt, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    (at.diff / "filler").unlink()
+    run_pbkfs("unmount", "-D", at.mnt)
+    at.mount("--reuse")
+    assert (at.mnt / "other500").read_bytes() == b"o"
+    assert not (at.mnt / "made").exists()
 
 
 @pytest.mark.parametrize("how", ["error", "wait:1"])
