@@ -6,7 +6,6 @@ Nothing here knows how the PGDATA came about. Called by ``lifecycle``; blocking.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pbkfs.branch.layout import Layout
 from pbkfs.branch.settings import Settings
 from pbkfs.branch.store import Head
 from pbkfs.errors import BusyError, NotRunningError, PbkfsError, PostgresError
+from pbkfs.postgres.binaries import read_binaries
 from pbkfs.postgres.cluster import Cluster, open_cluster
 from pbkfs.postgres.launch import Reporter, StartOptions
 from pbkfs.postgres.network import port_is_free
@@ -73,15 +73,16 @@ class Serving:
         settings = [("cluster_name", f"pbkfs {head.name}")]
         if head.wal_level:
             settings.append(("wal_level", head.wal_level))
+        cluster = self.cluster(head)
         options = StartOptions(
-            bindir=Path(head.bindir) if head.bindir else self._settings.pg_bin_dir,
+            bindir=Path(head.bindir) if head.bindir else self._preferred_bindir(cluster.major),
             port=head.port,
             listen_addresses=self._settings.listen_addresses,
             settings=settings,
             hba=_LOCAL + _HBA[head.auth].format(user=user),
             user=head.pg_user,
         )
-        started = start(self.cluster(head), options, Reporter(say, lambda _: None))
+        started = start(cluster, options, Reporter(say, lambda _: None))
         assert started.postmaster is not None
         assert started.place is not None
         return Served(
@@ -90,6 +91,12 @@ class Serving:
             started.binaries.version,
             str(started.binaries.bindir),
         )
+
+    def _preferred_bindir(self, major: int) -> Path | None:
+        """Return the programs that the settings name, if they are of this major."""
+        bindir = self._settings.pg_bin_dir
+        found = read_binaries(bindir) if bindir is not None else None
+        return bindir if found is not None and found.major == major else None
 
     def find(self, head: Head) -> Postmaster | None:
         """Return the running server of a head: by what the store knows, else by a search."""
@@ -179,8 +186,3 @@ def free_of_holders(unmount: Callable[[], None], limit_s: float = 5.0) -> None:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.02)
-
-
-def server_user() -> str:
-    """Return who would own a new cluster: postgres for root, else the caller. For messages."""
-    return "postgres" if os.geteuid() == 0 else "this user"

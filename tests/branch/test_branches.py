@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fix_branches import Heads
+from fix_trunks import Heads
 
 
 @pytest.fixture

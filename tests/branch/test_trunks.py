@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fix_branches import Heads
+from fix_catalogs import CatalogStore
 from fix_postgres import Cluster
+from fix_trunks import Heads
 
 
 def test_default_trunk_is_made_when_it_is_needed(heads: Heads) -> None:
@@ -22,9 +23,15 @@ def test_default_trunk_is_made_when_it_is_needed(heads: Heads) -> None:
     assert "can't be destroyed" in heads.fail(8, "trunk", "destroy", "main", "--yes")
 
 
-def test_trunk_of_a_backup(heads: Heads, catalog: Path) -> None:
+def test_trunk_of_a_backup(heads: Heads, shared_catalog: CatalogStore) -> None:
     made = heads.json(
-        "trunk", "create", "prod", "--from-backup", catalog, "--instance", "main", "-i", "latest"
+        "trunk",
+        "create",
+        "prod",
+        "--from-backup",
+        shared_catalog("a_full_none_stream"),
+        "-i",
+        "latest",
     )
     assert made["status"] == "running"
     heads.branch("a", "prod")

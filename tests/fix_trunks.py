@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 from fix_mounts import run_pbkfs
-from fix_postgres import Programs, free_port, kill_servers, wait_until
+from fix_postgres import Programs, free_port, kill_servers
 
 from pbkfs.branch.layout import Layout
 
@@ -34,7 +35,7 @@ class Heads:
     @property
     def layout(self) -> Layout:
         """The paths."""
-        return Layout(self.root / "data")
+        return Layout(self.root / "pbkfs")
 
     def run(
         self, *args: str | os.PathLike[str], check: bool = True, **env: str
@@ -86,9 +87,19 @@ class Heads:
 
     def check_cluster(self, name: str) -> None:
         """Let pg_amcheck look at every heap and index."""
-        self.programs.run(
-            "pg_amcheck", "-d", self.uri(name), "--install-missing", "--heapallindexed"
-        )
+        found = self.uri(name).removeprefix("postgresql://")
+        password, port = re.split("[:@/]", found)[1], re.split("[:@/]", found)[3]
+        done = subprocess.run(
+            [
+                self.programs.bindir / "pg_amcheck", "-h", "127.0.0.1", "-p", port,
+                "-U", "postgres", "-a", "--install-missing", "--heapallindexed",
+            ],
+            env={**os.environ, "PGPASSWORD": password},
+            capture_output=True,
+            text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def spawn(self, *args: str, **env: str) -> subprocess.Popen[str]:
         """Start ``pbkfs ARGS`` beside the test."""
@@ -158,8 +169,7 @@ def heads(place: Path, newest_programs: Programs) -> Iterator[Heads]:
         place,
         newest_programs,
         {
-            "PBKFS_DATA_DIR": str(place / "data"),
-            "PBKFS_PG_BIN_DIR": str(newest_programs.bindir),
+            "PBKFS_DATA_DIR": str(place / "pbkfs"),
             "PBKFS_PORT_RANGE_START": str(min(first, 65400)),
             "PBKFS_PORT_RANGE_END": str(min(first, 65400) + 100),
             "PBKFS_DEFAULT_TRUNK_PORT": str(free_port()),
@@ -176,6 +186,3 @@ def kill(process: subprocess.Popen[str]) -> None:
     """Kill a command that was started beside the test, and wait for it."""
     process.send_signal(signal.SIGKILL)
     process.communicate()
-
-
-__all__ = ["Heads", "heads", "kill", "wait_until"]
