@@ -9,6 +9,7 @@
 #include <ftw.h>
 #include <linux/falloc.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +19,7 @@
 #include <unistd.h>
 #include <zlib.h>
 
+#include "node_private.h"
 #include "pbk/bytes.h"
 #include "pbk/crc32c.h"
 #include "pbk/inflate.h"
@@ -761,6 +763,306 @@ static void test_hydration(void)
     close(root);
 }
 
+/* ---- sealing ---- */
+
+#define N_SEALS 12u
+#define N_SEAL_ROUNDS 1500u
+
+/* Layers one upon the other: the last one is written to. */
+struct layers {
+    struct shared s;
+    pthread_mutex_t attach_lock; /* copying up and sealing are one thread's in a mount */
+    uint64_t next_object;
+    unsigned n; /* attach_lock */
+    int objects[N_SEALS + 1];
+    int journal_fds[N_SEALS + 1];
+    struct pbk_journal *journals[N_SEALS + 1];
+    uint64_t sealed_ends[N_SEALS];
+    uint32_t sealed_crcs[N_SEALS];
+    atomic_bool is_done;
+};
+
+static void make_layer(struct layers *l, unsigned number)
+{
+    char name[64];
+    uint8_t header[PBK_JOURNAL_HEADER] = "PBKFSJNL\1";
+    int root = open_directory();
+    snprintf(name, sizeof(name), "layer%u.journal", number);
+    l->journal_fds[number] = make_file(name, header, sizeof(header));
+    l->journals[number] = pbk_journal_new(l->journal_fds[number], sizeof(header));
+    snprintf(name, sizeof(name), "layer%u", number);
+    CHECK(mkdirat(root, name, 0700) == 0);
+    l->objects[number] = openat(root, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(l->journals[number] != NULL && l->objects[number] >= 0);
+    close(root);
+}
+
+/* What Python does for a write that found no object. */
+static void copy_up(struct layers *l, struct pbk_node *node, struct pbk_ctx *ctx)
+{
+    char name[32];
+    pthread_mutex_lock(&l->attach_lock);
+    if (!pbk_node_has_object(node)) {
+        uint64_t id = l->next_object++;
+        int objects = l->objects[l->n];
+        snprintf(name, sizeof(name), "%02x", (unsigned)(id & 255));
+        CHECK(mkdirat(objects, name, 0700) == 0 || errno == EEXIST);
+        snprintf(name, sizeof(name), "%02x/%llx", (unsigned)(id & 255), (unsigned long long)id);
+        int fd = openat(objects, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        CHECK(fd >= 0 && ftruncate(fd, (off_t)pbk_node_size(node)) == 0);
+        close(fd);
+        struct pbk_attach attach = {.object = id, .limit = PBK_NO_LIMIT, .is_mapped = true, .is_fresh = true};
+        CHECK(pbk_node_attach(node, ctx, &attach) == 0);
+    }
+    pthread_mutex_unlock(&l->attach_lock);
+}
+
+static void write_up(struct layers *l, struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, const uint8_t *data)
+{
+    ssize_t r;
+    while ((r = pbk_node_write(node, ctx, off, data, HALF)) == PBK_NO_OBJECT)
+        copy_up(l, node, ctx);
+    CHECK(r == HALF);
+}
+
+static void *write_under_seals(void *arg, uint32_t *stamps, uint64_t at, uint64_t seed)
+{
+    struct layers *l = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(64 << 10);
+    uint8_t half[HALF];
+    CHECK(ctx != NULL);
+    for (unsigned i = 0; i < N_SEAL_ROUNDS || !atomic_load(&l->is_done); i++) {
+        struct pbk_node *node = get(&l->s, 1);
+        uint32_t b = i < N_BLOCKS ? i : below(&seed, N_BLOCKS);
+        stamps[b] = i + 1;
+        fill_half(half, stamps[b]);
+        write_up(l, node, ctx, (uint64_t)b * PBK_BLCKSZ + at, half);
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    atomic_fetch_sub(&l->s.n_running, 1);
+    return NULL;
+}
+
+static void *write_lower_under_seals(void *arg)
+{
+    return write_under_seals(arg, ((struct layers *)arg)->s.lower, 0, 15);
+}
+
+static void *write_upper_under_seals(void *arg)
+{
+    return write_under_seals(arg, ((struct layers *)arg)->s.upper, HALF, 16);
+}
+
+/* Other nodes are cut, grown, hydrated, described; all are synced. */
+static void *disturb_seals(void *arg)
+{
+    struct layers *l = arg;
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    uint64_t seed = 17;
+    uint8_t half[HALF] = {0};
+    struct stat st;
+    CHECK(ctx != NULL);
+    while (atomic_load(&l->s.n_running) > 0) {
+        struct pbk_node *node = get(&l->s, 1 + below(&seed, N_NODES));
+        struct pbk_node *other = get(&l->s, 2 + below(&seed, N_NODES - 1));
+        struct pbk_page_map map;
+        uint64_t size = (uint64_t)below(&seed, N_BLOCKS) * PBK_BLCKSZ + below(&seed, 2) * 100;
+        uint64_t next = 0;
+        int err;
+        switch (below(&seed, 8)) {
+        case 0:
+            CHECK(pbk_node_fsync(node, true) == 0);
+            break;
+        case 1:
+            CHECK(pbk_nodes_sync(l->s.nodes) == 0);
+            break;
+        case 2:
+            err = pbk_node_truncate(other, ctx, size);
+            CHECK(err == 0 || err == PBK_NO_OBJECT);
+            break;
+        case 3:
+            write_up(l, other, ctx, size, half);
+            break;
+        case 4:
+            err = pbk_node_describe(node, &st);
+            CHECK(err == 0 || err == PBK_NO_OBJECT);
+            break;
+        case 5: {
+            ssize_t r = pbk_node_hydrate(other, ctx, 0, 4 * PBK_BLCKSZ, &next);
+            CHECK(r >= 0 || r == PBK_NO_OBJECT);
+            err = pbk_node_hydrate_sync(other);
+            CHECK(err >= 0 || err == PBK_NO_OBJECT);
+            break;
+        }
+        case 6:
+            err = pbk_node_page_map(node, &map);
+            CHECK(err == 0 || err == PBK_NO_OBJECT);
+            free(map.changed);
+            free(map.hydrated);
+            break;
+        default:
+            pbk_nodes_drop_indexes(l->s.nodes);
+            pbk_node_opened(node);
+            pbk_node_released(node);
+            break;
+        }
+        pbk_node_put(other);
+        pbk_node_put(node);
+    }
+    pbk_ctx_free(ctx);
+    return NULL;
+}
+
+static uint32_t objects_crc;
+
+static int add_object(const char *path, const struct stat *st, int flag, struct FTW *ftw)
+{
+    (void)ftw;
+    if (flag != FTW_F)
+        return 0;
+    uint8_t *bytes = malloc((size_t)st->st_size + 1);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    CHECK(bytes != NULL && fd >= 0);
+    CHECK(pbk_pread_full(fd, bytes, (size_t)st->st_size, 0) == st->st_size);
+    /* In whatever order they come. */
+    objects_crc ^= pbk_crc32c(pbk_crc32c(0, path, strlen(path)), bytes, (size_t)st->st_size);
+    close(fd);
+    free(bytes);
+    return 0;
+}
+
+static uint32_t crc_of_layer(unsigned number)
+{
+    char path[8192];
+    snprintf(path, sizeof(path), "%s/layer%u", directory, number);
+    objects_crc = 0;
+    CHECK(nftw(path, add_object, 8, FTW_PHYS) == 0);
+    return objects_crc;
+}
+
+/* The page map that a node exports is the one that its sealed journal has. */
+static void check_map(struct layers *l, uint64_t object, const struct pbk_page_map *map)
+{
+    static const uint8_t no_boot[16];
+    struct pbk_journal_scan scan;
+    bool is_found = false;
+    bool is_changed = false;
+    for (size_t i = 0; i < map->n_words; i++)
+        is_changed = is_changed || map->changed[i] != 0;
+    CHECK(pbk_journal_scan(l->journal_fds[l->n - 1], no_boot, NULL, NULL, &scan) == 0);
+    CHECK(scan.end == l->sealed_ends[l->n - 1]);
+    for (size_t i = 0; i < scan.n_maps; i++) {
+        if (scan.maps[i].object != object)
+            continue;
+        is_found = true;
+        for (uint32_t b = 0; b < map->limit; b++) {
+            const struct pbk_bits *changed = &scan.maps[i].changed;
+            bool is_recorded = b / 64 < changed->n_words && (changed->words[b / 64] >> (b % 64) & 1);
+            CHECK(is_recorded == (map->changed[b / 64] >> (b % 64) & 1));
+        }
+    }
+    CHECK(is_found || !is_changed);
+    pbk_journal_scan_free(&scan);
+}
+
+static void seal_once(struct layers *l)
+{
+    struct pbk_seal *seal;
+    struct pbk_page_map map;
+    pthread_mutex_lock(&l->attach_lock);
+    make_layer(l, l->n + 1);
+    pbk_nodes_gate_close(l->s.nodes);
+    CHECK(pbk_nodes_sync(l->s.nodes) == 0);
+    struct pbk_node *node = get(&l->s, 1);
+    uint64_t object = node->object != NULL ? node->object->id : 0;
+    int has_map = pbk_node_page_map(node, &map);
+    CHECK(has_map == 0 || has_map == PBK_NO_OBJECT);
+    /* One that comes to nothing leaves all as it was. */
+    CHECK(pbk_nodes_prepare_seal(l->s.nodes, "sealed", &seal) == 0);
+    pbk_nodes_cancel_seal(seal);
+    CHECK(pbk_nodes_prepare_seal(l->s.nodes, "sealed", &seal) == 0);
+    l->sealed_ends[l->n] = pbk_journal_end(l->journals[l->n]);
+    CHECK(pbk_journal_synced(l->journals[l->n]) == l->sealed_ends[l->n]);
+    l->sealed_crcs[l->n] = crc_of_layer(l->n);
+    pbk_nodes_seal(seal, l->journals[l->n + 1], l->objects[l->n + 1]);
+    l->n++;
+    CHECK(!pbk_node_has_object(node));
+    CHECK(pbk_nodes_gate_open(l->s.nodes) == 0);
+    if (has_map == 0)
+        check_map(l, object, &map);
+    free(map.changed);
+    free(map.hydrated);
+    pbk_node_put(node);
+    pthread_mutex_unlock(&l->attach_lock);
+}
+
+static void test_seal(void)
+{
+    static struct layers l;
+    uint8_t *stream;
+    size_t n;
+    pthread_t threads[6];
+    void *(*const mains[6])(void *) = {write_lower_under_seals, write_upper_under_seals, read_all,
+                                       disturb_seals,           disturb_seals,           read_all};
+    make_store(&stream, &n);
+    close(make_file("data", stream, n));
+    free(stream);
+    int root = open_directory();
+    pthread_mutex_init(&l.attach_lock, NULL);
+    l.next_object = 1;
+    make_layer(&l, 0);
+    l.s.nodes = pbk_nodes_new(l.journals[0], l.objects[0], -1, 2 * 8 * N_BLOCKS + 300);
+    CHECK(l.s.nodes != NULL);
+    struct pbk_ctx *ctx = pbk_ctx_new(1 << 20);
+    for (uint64_t ino = 1; ino <= N_NODES; ino++) {
+        struct pbk_source_spec spec = {.kind = PBK_SOURCE_PAGES,
+                                       .dir_fd = root,
+                                       .path = "data",
+                                       .label = "FULL",
+                                       .size = n,
+                                       .limit = PBK_NO_LIMIT,
+                                       .compress = PBK_COMPRESS_ZLIB};
+        CHECK(pbk_nodes_add(l.s.nodes, ino, (uint64_t)N_BLOCKS * PBK_BLCKSZ, &spec, 1) == 0);
+    }
+    atomic_store(&l.s.n_running, 2);
+    for (unsigned i = 0; i < 6; i++)
+        CHECK(pthread_create(&threads[i], NULL, mains[i], &l) == 0);
+    for (unsigned i = 0; i < N_SEALS; i++) {
+        /* Until somebody has written since the last one. */
+        while (l.n > 0 && pbk_journal_end(l.journals[l.n]) == PBK_JOURNAL_HEADER)
+            sched_yield();
+        seal_once(&l);
+    }
+    atomic_store(&l.is_done, true);
+    for (unsigned i = 0; i < 6; i++)
+        pthread_join(threads[i], NULL);
+
+    struct pbk_node *node = get(&l.s, 1);
+    struct iovec iov[2];
+    int n_iov;
+    for (uint32_t b = 0; b < N_BLOCKS; b++) {
+        CHECK(pbk_node_read(node, ctx, (uint64_t)b * PBK_BLCKSZ, PBK_BLCKSZ, iov, 2, &n_iov) == PBK_BLCKSZ);
+        CHECK(check_half(iov[1].iov_base) == l.s.lower[b]);
+        CHECK(check_half((uint8_t *)iov[1].iov_base + HALF) == l.s.upper[b]);
+    }
+    pbk_node_put(node);
+    /* Nothing of what was sealed has changed since. */
+    for (unsigned i = 0; i < N_SEALS; i++) {
+        CHECK(pbk_journal_end(l.journals[i]) == l.sealed_ends[i]);
+        CHECK(crc_of_layer(i) == l.sealed_crcs[i]);
+    }
+    pbk_ctx_free(ctx);
+    pbk_nodes_free(l.s.nodes);
+    for (unsigned i = 0; i <= N_SEALS; i++) {
+        pbk_journal_free(l.journals[i]);
+        close(l.journal_fds[i]);
+        close(l.objects[i]);
+    }
+    pthread_mutex_destroy(&l.attach_lock);
+    close(root);
+}
+
 int main(void)
 {
     const char *tmp = getenv("TMPDIR");
@@ -777,5 +1079,6 @@ int main(void)
     test_threads();
     test_whole_against_half();
     test_hydration();
+    test_seal();
     return 0;
 }
