@@ -151,7 +151,7 @@ class Lifecycle:
     def start(self, head: Head, say: Say) -> Head:
         """Start a head that is stopped or in error; one that runs is left as it is."""
         if head.status == "running":
-            if self.serving.is_running(head) and self.engine.is_mounted(head.id):
+            if self.status_of(head) == "running":
                 return head
             self.take_down(head, "immediate")
         elif head.status not in ("stopped", "error"):
@@ -207,7 +207,9 @@ class Lifecycle:
 
     def status_of(self, head: Head) -> str:
         """Return the state of a head, seen and not only remembered."""
-        if head.status == "running" and not self.serving.is_running(head):
+        if head.status == "running" and not (
+            self.serving.is_running(head) and self.engine.is_mounted(head.id)
+        ):
             return "error"
         return head.status
 

@@ -51,7 +51,7 @@ class Reconciler:
     def _needs_attention(self, head: Head) -> bool:
         if head.operation or head.status in ("creating", "starting", "deleting"):
             return True
-        return head.status == "running" and not self._life.serving.is_running(head)
+        return head.status == "running" and self._life.status_of(head) != "running"
 
     def _settle(self, head: Head) -> list[str]:
         life = self._life
@@ -76,10 +76,8 @@ class Reconciler:
     def _settle_server(self, head: Head, what: str) -> list[str]:
         """A start or stop was cut short, or the server is gone: take down what is left of it."""
         life = self._life
-        if head.status == "running" and head.operation == "" and life.serving.is_running(head):
+        if head.operation == "" and life.status_of(head) == "running":
             return []
-        if head.status == "running" and head.operation == "" and life.serving.find(head):
-            return []  # another server than the one on record: somebody else's business
         with contextlib.suppress(PbkfsError):
             life.take_down(head, "fast" if head.operation == "stop" else "immediate")
         is_stopped = head.operation in ("stop", "start") or head.status == "starting"
@@ -89,9 +87,10 @@ class Reconciler:
                 head.id,
                 status="stopped" if is_stopped else "error",
                 operation="",
-                error="" if is_stopped else "its server ended by itself",
+                error="" if is_stopped else "its server or its mount ended by itself",
                 server_pid=0,
                 server_ticks=0,
             )
-            tx.record(head, "stopped" if is_stopped else "server ended by itself")
-        return [f"{what}: {'stopped' if is_stopped else 'its server had ended by itself'}"]
+            tx.record(head, "stopped" if is_stopped else "ended by itself")
+        said = "stopped" if is_stopped else "its server or its mount had ended by itself"
+        return [f"{what}: {said}"]

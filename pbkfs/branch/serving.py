@@ -170,7 +170,9 @@ class Serving:
 
     def forget_password(self, head: Head) -> None:
         """Remove the password of a head that is gone."""
-        self._layout.secret(head.id).unlink(missing_ok=True)
+        path = self._layout.secret(head.id)
+        for leftover in (path, *path.parent.glob(f".{path.name}.*.tmp")):
+            leftover.unlink(missing_ok=True)
 
 
 def free_of_holders(unmount: Callable[[], None], limit_s: float = 5.0) -> None:

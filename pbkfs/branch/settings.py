@@ -82,8 +82,9 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     )
     if found.port_range_start > found.port_range_end:
         raise UsageError(
-            f"the range of ports {found.port_range_start} to {found.port_range_end} is empty",
-            hint="Set PBKFS_PORT_RANGE_START and PBKFS_PORT_RANGE_END.",
+            f"PBKFS_PORT_RANGE_START is {found.port_range_start} and PBKFS_PORT_RANGE_END is "
+            f"{found.port_range_end}: that is no range",
+            hint="Set both, the smaller one first.",
         )
     return found
 
