@@ -59,8 +59,9 @@ def own_mounts() -> list[str]:
 
 
 def mounts_of(pid: int) -> list[str]:
-    """The start of a command that runs in the mount namespace of a process, below its root."""
-    return ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root=/proc/{pid}/root", "--"]
+    """The start of a command that runs in the mount namespace of a process, in its root."""
+    root = f"/proc/{pid}/root"
+    return ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root={root}", f"--wd={root}", "--"]
 
 
 def open_to_everybody(place: Path) -> str:

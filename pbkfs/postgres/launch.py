@@ -104,15 +104,17 @@ class ServerLog:
         os.close(self.fd)
 
 
+def default_logs(cluster: Cluster, run_dir: Path) -> list[Path]:
+    """Return where a server's log may be, if nobody named it: in the diff, or beside PGDATA."""
+    if cluster.diff is not None:
+        return [cluster.diff / "log" / "postgres.log", run_dir / "postgres.log"]
+    beside = cluster.data_dir.parent / f"{cluster.data_dir.name}.postgres.log"
+    return [beside, run_dir / "postgres.log"]
+
+
 def open_log(cluster: Cluster, named: Path | None, run_dir: Path) -> ServerLog:
-    """Open the server's log for appending: where it was named, in the diff, or beside PGDATA."""
-    if named is not None:
-        candidates = [named]
-    elif cluster.diff is not None:
-        candidates = [cluster.diff / "log" / "postgres.log", run_dir / "postgres.log"]
-    else:
-        beside = cluster.data_dir.parent / f"{cluster.data_dir.name}.postgres.log"
-        candidates = [beside, run_dir / "postgres.log"]
+    """Open the server's log for appending: where it was named, or the first default that works."""
+    candidates = default_logs(cluster, run_dir) if named is None else [named]
     problem: OSError | None = None
     for path in candidates:
         try:

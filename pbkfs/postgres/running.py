@@ -5,6 +5,7 @@ Called by the command line, in one thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pbkfs.errors import NotRunningError, PostgresError, TimedOutError
 from pbkfs.postgres.account import Account
 from pbkfs.postgres.binaries import Binaries, read_binaries
 from pbkfs.postgres.cluster import Cluster, is_in_recovery
-from pbkfs.postgres.launch import Started
+from pbkfs.postgres.launch import Started, default_logs
 from pbkfs.postgres.network import (
     TRUSTING_HBA,
     Place,
@@ -114,9 +115,21 @@ def read_status(cluster: Cluster, user: str = "postgres") -> Status | None:
         is_paused,
         lsn,
         version,
-        running.log_path(),
+        _find_log(cluster, running),
         running.started_at(),
     )
+
+
+def _find_log(cluster: Cluster, running: Postmaster) -> Path | None:
+    """Return the server's log: a default place if it is there, else what its descriptor is called.
+
+    The name of a descriptor is that in the server's mount namespace.
+    """
+    for path in default_logs(cluster, run_directory(cluster.data_dir, cluster.owner)):
+        with contextlib.suppress(OSError):
+            if os.path.samefile(path, f"/proc/{running.pid}/fd/2"):
+                return path.absolute()
+    return running.log_path()
 
 
 def _trusts_socket(cluster: Cluster, running: Postmaster) -> bool:
