@@ -90,7 +90,7 @@ class Seal:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
     def prepare(self) -> None:
-        """Make the new directories, and most of the old layer durable. Raises OSError."""
+        """Make the new directories, and most of the old layer durable. OSError, HostError."""
         self._new = Layer.make(self._new_live, boot_id=self._old.boot_id)
         self._new.start({}, (os.geteuid(), os.getegid()))
         if self._child is not None:
@@ -257,7 +257,7 @@ class _NewHead:
         made = dataclasses.replace(made, live=str(self._live), live_uuid=live.uuid)
         os.mkdir(self._tmp, 0o711)
         os.chmod(self._tmp, 0o711)
-        made.write(self._tmp, label="seal:child")
+        made.write(self._tmp, label="seal:child:superblock")
 
     def publish(self) -> None:
         """Give it its name, durably. Raises OSError."""

@@ -404,9 +404,9 @@ class Tree:
         return Seal(self._stack, self._namespace, self._contents, new_live, child)
 
     def seal(self, new_live: Path, child: Child | None = None) -> Sealed:
-        """Do all of a seal here and now. Raises OSError, BrokenSealError.
+        """Do all of a seal here and now. Raises OSError, HostError, BrokenSealError.
 
-        An OSError leaves all as it was, or, if the child could not be finished, no child.
+        The first two leave all as it was, or, if the child could not be finished, no child.
         """
         seal = self.begin_seal(new_live, child)
         try:

@@ -46,11 +46,18 @@ class TreeMachine(FileMachine):
         # from being used again, and its contents since the last fsync, oldest first.
         self.held: dict[int, int] = {}
         self.versions: dict[int, list[bytes]] = {}
+        # Heads that were made by seals, and what they have to show for good.
+        self.children: list[tuple[Path, Snapshot]] = []
         self.trees.open()
         self.reopened()
         self.took_all()
 
     def stop(self) -> None:
+        self.trees.close()
+        for path, expected in self.children:
+            with self.trees.opened(path) as tree:
+                found = take_snapshot(TreeDriver(tree))
+            assert found == expected, f"{path.name}: {describe_difference(expected, found)}"
         self.trees.end()
         for fd in self.held.values():
             os.close(fd)
@@ -228,8 +235,10 @@ class TreeMachine(FileMachine):
     @precondition(lambda self: self.step is None and self.trees.n_seals < MAX_SEALS)
     @rule()
     def seal_in_use(self) -> None:
-        """What is open stays open."""
-        self.trees.seal_live()
+        """What is open stays open; a child shows for good what was sealed."""
+        child = self.place / f"child{len(self.children)}"
+        self.trees.seal_live(child)
+        self.children.append((child, take_snapshot(self.oracle)))
         self.is_hydrating = False
         self.took_all()
         self.compare()

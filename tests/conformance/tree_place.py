@@ -120,6 +120,16 @@ class TreePlace:
         """The directory that is written to."""
         return live_path(self.diff_path, read_superblock(self.diff_path))
 
+    @contextmanager
+    def opened(self, diff_path: Path) -> Iterator[Tree]:
+        """The tree of another head upon the same base."""
+        diff = Diff.open(diff_path, self.base, boot_id=self.boot.to_bytes(16, "big"))
+        tree = Tree(self.base, diff, open_layers(diff), owner=OWNER, log_fd=-1)
+        try:
+            yield tree
+        finally:
+            tree.close()
+
     def journal_records(self) -> bytes:
         """Return the journal's bytes behind the header."""
         return (self.live_path / JOURNAL).read_bytes()[HEADER_BYTES:]
