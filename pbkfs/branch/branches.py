@@ -26,9 +26,10 @@ from pbkfs.branch.errors import (
     ParentNotReadyError,
     WrongStateError,
 )
-from pbkfs.branch.lifecycle import Lifecycle, Say, say_nothing
+from pbkfs.branch.lifecycle import Lifecycle, Say, ignore_begin, say_nothing
 from pbkfs.branch.locks import LAYERS
 from pbkfs.branch.names import check_name, check_tag, make_name
+from pbkfs.branch.ports import assign_port
 from pbkfs.branch.settings import MAIN
 from pbkfs.branch.store import Head, Kind, Point, Transaction, format_time, now
 from pbkfs.branch.views import Connection, HeadView, Log
@@ -58,13 +59,16 @@ class Branches:
         tags: Sequence[str] = (),
         auth: Literal["password", "trust"] = "password",
         keep_failed: bool = False,
+        begun: Callable[[Head], None] = ignore_begin,
         say: Say = say_nothing,
     ) -> HeadView:
         """Make a branch of the present state of ``parent`` and start it.
 
         Without a name it gets one. A failure leaves nothing behind, or with ``keep_failed`` the
-        branch in the state error. Raises PbkfsError: InvalidNameError, NameConflictError,
-        ParentNotFoundError, ParentNotReadyError, MaxBranchesError, MaxDepthError and others.
+        branch in the state error. ``begun`` is told the new head once it has its place and port:
+        from then on it is there for everybody, in the state creating. Raises PbkfsError:
+        InvalidNameError, NameConflictError, ParentNotFoundError, ParentNotReadyError,
+        MaxBranchesError, MaxDepthError, InsufficientResourcesError and others.
         """
         life = self._life
         name = check_name(name) if name else make_name()
@@ -80,6 +84,7 @@ class Branches:
             try:
                 with life.locked(parent) as source:
                     head = self._insert(head_id, name, source, auth, lifetime, tags)
+                    begun(head)
                     say(f"branching from {parent}")
                     with life.locks.hold(LAYERS, what="the layers", shared=True):
                         notes = self._clone(source, head)
@@ -130,7 +135,9 @@ class Branches:
             self._check_limits(tx, head, source)
             tx.insert(head, tags)
             tx.record(head, "created", f"from {source.name}")
-        return head
+            # Now, so that it is refused before it costs anything where no port is left.
+            assign_port(tx, head, life.settings, life.serving.is_port_free)
+        return life.reload(head)
 
     def _check_limits(self, tx: Transaction, head: Head, source: Head) -> None:
         settings = self._life.settings

@@ -35,6 +35,11 @@ def say_nothing(text: str) -> None:
     del text
 
 
+def ignore_begin(head: Head) -> None:
+    """Drop ``head``: nobody waits for the begin of its creation."""
+    del head
+
+
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
     """One DATA directory with all that works on it."""

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,8 +23,9 @@ from typing import Literal
 from pbkfs.branch.branches import Branches
 from pbkfs.branch.engine import BaseSource
 from pbkfs.branch.errors import ProtectedError, WrongStateError
-from pbkfs.branch.lifecycle import Lifecycle, Say, say_nothing
+from pbkfs.branch.lifecycle import Lifecycle, Say, ignore_begin, say_nothing
 from pbkfs.branch.names import check_name
+from pbkfs.branch.ports import assign_port
 from pbkfs.branch.settings import MAIN
 from pbkfs.branch.store import Head, now
 from pbkfs.branch.views import HeadView
@@ -86,15 +88,18 @@ class Trunks:
         auth: Literal["password", "trust"] = "password",
         owner: tuple[int, int] | None = None,
         start: bool | None = None,
+        begun: Callable[[Head], None] = ignore_begin,
         say: Say = say_nothing,
     ) -> HeadView:
         """Make a trunk and, unless told otherwise, start it; a failure leaves nothing behind.
 
+        ``begun`` is told the new head once it has its place and, if it is to run, its port.
         ``port`` is kept for its life; None takes the default one or the next that is free.
         ``owner`` (uid, gid) runs the server; only root may choose. Raises PbkfsError.
         """
         life = self._life
         check_name(name)
+        starts = life.settings.trunk_auto_start if start is None else start
         head = Head(
             id=str(uuid.uuid4()),
             name=name,
@@ -117,9 +122,13 @@ class Trunks:
                     life.check_name_is_free(name)
                 tx.insert(head)
                 tx.record(head, "created", source.describe())
+                if starts:
+                    assign_port(tx, head, life.settings, life.serving.is_port_free)
+            head = life.reload(head)
+            begun(head)
             try:
                 self._fill(head, source, owner, say)
-                if life.settings.trunk_auto_start if start is None else start:
+                if starts:
                     say("starting PostgreSQL")
                     head = life.bring_up(head, say, is_new=True)
                 else:
