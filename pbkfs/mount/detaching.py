@@ -199,7 +199,7 @@ def finish_detach(
             durable.on_step("detach:cleanup")
             if is_kept:
                 return []
-            left = wipe.wipe(plan.diff)
+            left = wipe.wipe(plan.diff, keeps_layer=wipe.holds_layer(plan.diff))
             if plan.bound.made_directory:
                 wipe.remove_made([plan.diff])
             return left

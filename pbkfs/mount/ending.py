@@ -163,6 +163,11 @@ def cleanup(diff: Path, *, force: bool = False) -> list[str]:
             f"directory {path} is no diff (no {SUPERBLOCK})",
             hint="Nothing was deleted; name the diff's own directory.",
         )
+    if not force and wipe.holds_layer(path):
+        raise BusyError(
+            f"diff {path} holds a sealed layer, which other diffs may lie upon",
+            hint="If none does, delete it with --force.",
+        )
     target = find_target(None, path)
     if target.entry is not None:
         if target.has_worker() or not force:

@@ -65,7 +65,7 @@ async def collect(worker: Worker) -> Statistics:
     import trio
 
     opened = worker.opened
-    disk = await trio.to_thread.run_sync(measure_disk, opened.diff_path)
+    disk = await trio.to_thread.run_sync(measure_disk, opened.diff_path, opened.diff.live.path)
     return Statistics(
         pid=os.getpid(),
         version=pbkfs.__version__,
@@ -105,12 +105,29 @@ def _summarize(counters: dict[str, int]) -> dict[str, int]:
     }
 
 
-def measure_disk(diff: Path) -> DiskUse:
-    """Return what the diff occupies. Files that vanish meanwhile are not counted."""
+def measure_disk(diff: Path, live: Path | None = None) -> DiskUse:
+    """Return what the diff and its live layer occupy. Files that vanish meanwhile do not count.
+
+    A sealed layer in the diff's own directory is among "other".
+    """
+    own = _measure(diff)
+    if live is None or live == diff:
+        return own
+    layer = _measure(live)
+    return DiskUse(
+        objects_bytes=layer.objects_bytes,
+        journal_bytes=layer.journal_bytes,
+        wal_bytes=own.wal_bytes,
+        other_bytes=own.other_bytes + own.objects_bytes + own.journal_bytes + layer.other_bytes,
+        n_objects=layer.n_objects,
+    )
+
+
+def _measure(root: Path) -> DiskUse:
     sizes = {"objects": 0, "journal": 0, "pg_wal": 0, "": 0}
     n_objects = 0
-    for directory, names, files in os.walk(diff):
-        parts = Path(directory).relative_to(diff).parts
+    for directory, names, files in os.walk(root):
+        parts = Path(directory).relative_to(root).parts
         part = parts[0] if parts and parts[0] in sizes else ""
         for name in (*names, *files):
             try:

@@ -11,30 +11,66 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pbkfs.errors import DiffError
 from pbkfs.mount import binding, control, lock
 from pbkfs.mount.request import SUPERBLOCK
+
+if TYPE_CHECKING:
+    from pbkfs.overlay.superblock import Superblock
 
 DETACH = "detach.json"
 
 # The journal goes first: without it the rest can't be mounted by mistake when the deletion is
 # interrupted. The superblock goes last but for the lock: with it, cleanup still knows a diff.
+_LAYER = ("journal", "objects")
 _ORDER = ("journal", DETACH, "objects", "pg_wal.new", "pg_wal", "log", control.NAME, binding.NAME)
 
 
-def wipe(diff: Path) -> list[str]:
+def wipe(diff: Path, *, keeps_layer: bool = False) -> list[str]:
     """Delete the diff's content; returns the names in its directory that are not ours, untouched.
 
-    Follows no symbolic link. Raises OSError.
+    The layer that it writes to goes, too, wherever it lies; sealed layers elsewhere stay.
+    ``keeps_layer``: a layer in the directory itself stays. Follows no symbolic link. Raises
+    OSError.
     """
+    superblock = _read_superblock(diff)
+    if superblock is not None and superblock.live != ".":
+        _wipe_layer(diff / superblock.live)
+    kept = _LAYER if keeps_layer else ()
     for name in _ORDER:
-        _remove(diff / name)
+        if name not in kept:
+            _remove(diff / name)
     for name in os.listdir(diff):
         if _is_temporary(name):
             _remove(diff / name)
     _remove(diff / SUPERBLOCK)
     _remove(diff / lock.NAME)
-    return sorted(os.listdir(diff))
+    return sorted(name for name in os.listdir(diff) if name not in kept)
+
+
+def holds_layer(diff: Path) -> bool:
+    """Return whether a sealed layer lies in the diff's own directory: others may lie upon it."""
+    superblock = _read_superblock(diff)
+    if superblock is None:
+        return False
+    return any(os.path.normpath(diff / ref.path) == str(diff) for ref in superblock.layers)
+
+
+def _read_superblock(diff: Path) -> Superblock | None:
+    from pbkfs.overlay.superblock import read_superblock
+
+    with contextlib.suppress(DiffError, OSError):
+        return read_superblock(diff)
+    return None
+
+
+def _wipe_layer(path: Path) -> None:
+    for name in _LAYER:
+        _remove(path / name)
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 def remove_made(directories: list[Path]) -> None:
