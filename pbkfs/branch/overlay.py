@@ -232,6 +232,13 @@ class OverlayEngine:
         heads = self._heads()
         kept = {path: found for path, found in self._points().items() if path.name in points}
         used = self._references(heads, kept)
+        lost = sorted(str(path) for path in used if not path.is_dir())
+        if lost:
+            # What is named lies elsewhere, so what lies here may be what is meant.
+            raise HostError(
+                f"layer {lost[0]} is missing, so nothing below {self._layout.root} is cleaned up",
+                hint="Has the data directory been moved? Move it back, or restore the layer.",
+            )
         bases = {bound.base.path for path in heads if (bound := read_binding(path)) is not None}
         removed = []
         for directory, is_kept in (

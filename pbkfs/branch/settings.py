@@ -55,7 +55,8 @@ def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Return the settings of an environment, by default this process's. Raises UsageError."""
     reader = _Reader(os.environ if environ is None else environ)
-    data_dir = Path(os.path.abspath(reader.text("DATA_DIR") or default_data_dir(reader.environ)))
+    # As mounts resolve it: layers are found again by their paths.
+    data_dir = Path(os.path.realpath(reader.text("DATA_DIR") or default_data_dir(reader.environ)))
     metadata = reader.text("METADATA_PATH")
     bindir = reader.text("PG_BIN_DIR")
     found = Settings(
