@@ -114,6 +114,16 @@ class Heads:
             text=True,
         )
 
+    def spawn_program(self, program: str, *args: str, **env: str) -> subprocess.Popen[bytes]:
+        """Start a program of PostgreSQL beside the test."""
+        return subprocess.Popen(
+            [self.programs.bindir / program, *args],
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
     def disk_bytes(self) -> int:
         """What ``du`` says of all heads, layers and points."""
         places = [self.layout.root / name for name in ("heads", "layers", "points")]

@@ -118,9 +118,11 @@ class Serving:
     def ask(self, head: Head, sql: str, *, timeout_s: float = 60.0) -> list[list[str | None]]:
         """Run SQL as the head's user over the trusted socket. Raises PostgresError, TimedOutError,
         NotRunningError."""
-        pid_file = read_pid_file(self._layout.mount(head.id))
+        data_dir = self._layout.mount(head.id)
+        pid_file = read_pid_file(data_dir)
         if pid_file is None or pid_file.port is None:
-            raise NotRunningError(f"no server runs on {head.kind} {head.name!r}")
+            runs = "runs, but its postmaster.pid can't be read" if self.find(head) else "is gone"
+            raise NotRunningError(f"the server of {head.kind} {head.name!r} {runs}")
         return run_query(
             Path(pid_file.socket_dir), pid_file.port, sql, user=head.pg_user, timeout_s=timeout_s
         )
