@@ -231,8 +231,9 @@ class Branches:
         """
         head = self._life.find(name, kind)
         status = self._life.status_of(head)
-        found = self._life.connection(head, with_password=True)
-        if found is None or status != "running":
+        # The password is there from the first start on, so it is only looked for after that.
+        found = self._life.connection(head, with_password=True) if status == "running" else None
+        if found is None:
             raise WrongStateError(
                 f"{kind} {name!r} is {status}", hint=f"Start it first: pbkfs {kind} start {name}"
             )

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drill": ("pbkfs.cli.drill", "Hold a restore drill: try a backup out, report, clean up."),
     "trunk": ("pbkfs.cli.trunk", "Trunks: what branches are made of, without a copy."),
     "branch": ("pbkfs.cli.branch", "Branches: a server of its own in about a second."),
+    "server": ("pbkfs.cli.server", "The daemon: trunks and branches over REST."),
     "wal-get": ("pbkfs.cli.wal_get", "Fetch a WAL file from a store's archive (restore_command)."),
 }
 ALIASES = {"umount": "unmount", "ls": "list"}

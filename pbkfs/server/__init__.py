@@ -1,0 +1,1 @@
+"""The daemon: trunks and branches behind a REST interface (``pbkfs server``)."""
