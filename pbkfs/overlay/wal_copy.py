@@ -2,8 +2,10 @@
 
 The segments from some redo point on, of all timelines, and the history files. A copied segment
 holds the pages that belong to it and a hole for the rest: PostgreSQL finds the end of WAL there, as
-after a power cut. ``advance`` may be called several times: the last one decides which moment it is,
-those before only take work away from it. Used by ``sealing``, in any thread, one at a time.
+after a power cut. What lies before the redo point in its segment is a hole, too, but for the first
+page, which PostgreSQL looks at whenever it opens a segment (xlogreader.c, ReadPageInternal).
+``advance`` may be called several times: the last one decides which moment it is, those before only
+take work away from it. Used by ``sealing``, in any thread, one at a time.
 """
 
 from __future__ import annotations
@@ -109,19 +111,20 @@ class WalCopy:
             if before is not None and before.is_of(found):
                 return
             began_ns = time.time_ns()
-            n_bytes = found.st_size
+            ranges = [(0, found.st_size)]
             if start is not None:
-                _, segno = parse_wal_segment_name(name, start.segment_bytes)
-                n_bytes = _count_valid(fd, segno * start.segment_bytes, start)
-                if n_bytes == 0:
+                ranges = _find_valid(fd, name, start)
+                if not ranges:
                     self._drop(name)
                     return
+            n_bytes = sum(end - begin for begin, end in ranges)
             self._copied[name] = _Copied(found.st_ino, found.st_mtime_ns, began_ns, n_bytes)
             durable.on_step("seal:wal:copy")
             new = os.open(self._target / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                _copy_bytes(fd, new, n_bytes)
-                os.ftruncate(new, n_bytes)
+                for begin, end in ranges:
+                    _copy_bytes(fd, new, begin, end)
+                os.ftruncate(new, ranges[-1][1])
                 os.ftruncate(new, found.st_size)
                 _give(new, found)
             finally:
@@ -142,42 +145,50 @@ class WalCopy:
             os.close(fd)
 
 
-def _count_valid(fd: int, address: int, start: WalStart) -> int:
-    """Return how many bytes of a segment, from its begin, are pages that were written for it.
+def _find_valid(fd: int, name: str, start: WalStart) -> list[tuple[int, int]]:
+    """Return (begin, end) of what recovery needs of a segment: pages that were written for it.
 
-    What follows them is zeros, or what a recycled segment held before.
+    What follows them is zeros, or what a recycled segment held before. In the segment where
+    recovery begins that is its first page, and the pages from there on: what lies between may be a
+    hole already, if the segment is such a copy itself.
     """
-    n_bytes = 0
-    while n_bytes < start.segment_bytes:
-        header = os.pread(fd, _PAGE_HEADER.size, n_bytes)
-        if len(header) < _PAGE_HEADER.size:
-            break
+    _, segno = parse_wal_segment_name(name, start.segment_bytes)
+    page, offset = start.page_bytes, 0
+    if segno == start.lsn // start.segment_bytes:
+        offset = start.lsn % start.segment_bytes // page * page
+    address = segno * start.segment_bytes
+
+    def is_valid(at: int) -> bool:
+        header = os.pread(fd, _PAGE_HEADER.size, at)
+        if at >= start.segment_bytes or len(header) < _PAGE_HEADER.size:
+            return False
         magic, _, _, page_address = _PAGE_HEADER.unpack(header)
-        if magic >> 8 & 0xFE != _MAGIC or page_address != address + n_bytes:
-            break
-        n_bytes += start.page_bytes
-    return n_bytes
+        return bool(magic >> 8 & 0xFE == _MAGIC and page_address == address + at)
+
+    if not is_valid(0):
+        return []
+    begin = end = max(page, offset)
+    while is_valid(end):
+        end += page
+    return [(0, end)] if begin == page else [(0, page), (begin, end)]
 
 
-def _copy_bytes(source: int, target: int, n_bytes: int) -> None:
-    done = 0
-    while done < n_bytes:
+def _copy_bytes(source: int, target: int, begin: int, end: int) -> None:
+    """Copy what lies at the offsets from ``begin`` up to ``end``."""
+    at = begin
+    while at < end:
         try:
-            n = os.copy_file_range(source, target, n_bytes - done, done, done)
+            n = os.copy_file_range(source, target, end - at, at, at)
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
             n = 0
         if n == 0:
             break
-        done += n
+        at += n
     # Where the kernel can't.
-    os.lseek(source, done, os.SEEK_SET)
-    os.lseek(target, done, os.SEEK_SET)
-    with os.fdopen(os.dup(source), "rb") as reader, os.fdopen(os.dup(target), "wb") as writer:
-        while done < n_bytes and (data := reader.read(min(1 << 20, n_bytes - done))):
-            writer.write(data)
-            done += len(data)
+    while at < end and (data := os.pread(source, min(1 << 20, end - at), at)):
+        at += os.pwrite(target, data, at)
 
 
 def _give(fd: int, like: os.stat_result) -> None:

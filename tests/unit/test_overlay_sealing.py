@@ -389,6 +389,28 @@ def test_copy_holds_the_pages_that_count_and_nothing_else(tmp_path: Path) -> Non
     assert (target / segment_name(2, 3)).stat().st_blocks * 512 < SEGMENT
 
 
+def test_what_lies_before_the_redo_point_is_a_hole_also_in_a_copy_of_a_copy(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "pg_wal"
+    source.mkdir()
+    name = segment_name(1, 2)
+    full = make_segment(source / name, 2, 20)
+    start = replace(START, lsn=2 * SEGMENT + 5 * PAGE + 100)
+    expected = full[:PAGE] + bytes(4 * PAGE) + full[5 * PAGE :]
+    for number in range(2):
+        copy = WalCopy(source, tmp_path / f"copy{number}")
+        copy.advance(start)
+        assert files_of(tmp_path / f"copy{number}") == {name: expected.ljust(SEGMENT, b"\0")}
+        assert copy.n_bytes == 16 * PAGE
+        source = tmp_path / f"copy{number}"
+    # Where recovery begins further on, there is more of a hole; nothing valid there, only a page.
+    for page, n_pages in ((12, 9), (0, 1), (1, 1), (20, 1), (50, 1)):
+        copy = WalCopy(source, tmp_path / f"from{page}")
+        copy.advance(replace(START, lsn=2 * SEGMENT + page * PAGE))
+        assert copy.n_bytes == n_pages * PAGE, page
+
+
 def test_second_pass_takes_what_changed_and_drops_what_went(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,12 +438,12 @@ def test_second_pass_takes_what_changed_and_drops_what_went(
     assert len(copied) == 3
 
 
-def note_copies(copied: list[str]) -> Callable[[int, int, int], None]:
+def note_copies(copied: list[str]) -> Callable[[int, int, int, int], None]:
     real = wal_copy._copy_bytes
 
-    def note(source: int, target: int, n_bytes: int) -> None:
+    def note(source: int, target: int, begin: int, end: int) -> None:
         copied.append(os.readlink(f"/proc/self/fd/{source}"))
-        real(source, target, n_bytes)
+        real(source, target, begin, end)
 
     return note
 
