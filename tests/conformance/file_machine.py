@@ -14,8 +14,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import time_ns
 from typing import Any
 
 from conformance.drivers import (
@@ -358,7 +360,14 @@ class FileMachine(RuleBasedStateMachine):
     @rule(choice=_choices, size=st.one_of(_offsets, st.just(0)))
     def truncate(self, choice: int, size: int) -> None:
         path = self.pick(choice)
+        before = None
+        with suppress(OSError):
+            before = self.oracle.stat(path).size
         worked, _, _ = self.both(f"truncate {path!r} {size}", lambda d: d.truncate(path, size))
+        if worked and before == size:
+            # File systems differ in whether that changes the time of modification.
+            now = time_ns()
+            self.both(f"touch {path!r}", lambda d: d.utime(path, now, now))
         if worked:
             self.changed(None, path)
 

@@ -243,7 +243,7 @@ class TreeMachine(FileMachine):
         self.took_all()
         self.compare()
 
-    @rule(torn_bytes=st.sampled_from([0, 3, 12]))
+    @rule(torn_bytes=st.sampled_from([0, 3, 11]))  # no frame is as short
     def power_cut(self, torn_bytes: int) -> None:
         self.close_handles()
         self.trees.cut_power(torn_bytes=torn_bytes)
