@@ -100,6 +100,11 @@ def seal(
             hold=hold,
         )
     except NotRunningError:
+        if os.path.lexists(new_live):
+            raise DiffError(
+                f"cannot seal diff {diff}: {new_live} exists already",
+                hint=f"If its worker has just ended, see {diff / 'log' / 'worker.log'} for why.",
+            ) from None
         return _seal_offline(diff, new_live, child)
     layer = reply["layer"]
     return SealReport(

@@ -333,9 +333,13 @@ def test_death_at_a_step_finds_all_that_was_there(
 def seal_until_death(place: TreePlace) -> None:
     """Seal; what is raised is a death, so nothing is taken away."""
     seal = place.tree.begin_seal(place.place / "live", sealing_child(place, "child"))
-    seal.prepare()
-    seal.switch()
-    seal.finish()
+    try:
+        seal.prepare()
+        seal.switch()
+        seal.finish()
+    finally:
+        if seal._new is not None and seal._new is not place.tree._stack.live:
+            seal._new.close()
 
 
 # --- write-ahead log ------------------------------------------------------------------------------
