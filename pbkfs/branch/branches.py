@@ -87,7 +87,7 @@ class Branches:
                     begun(head)
                     say(f"branching from {parent}")
                     with life.locks.hold(LAYERS, what="the layers", shared=True):
-                        notes = self._clone(source, head)
+                        notes, has_replaced = self._clone(source, head)
                 say("starting PostgreSQL")
                 head = life.bring_up(life.reload(head), say, is_new=not keep_failed)
             except BaseException:
@@ -97,6 +97,8 @@ class Branches:
                         life.erase(found, "creation failed")
                         life.collect(wait_s=0)
                 raise
+        if has_replaced:
+            life.collect(wait_s=0)
         return life.view_one(head, notes)
 
     def _insert(
@@ -152,9 +154,12 @@ class Branches:
                 f"and {settings.max_depth} is the limit"
             )
 
-    def _clone(self, source: Head, head: Head) -> list[str]:
-        """Make the data of a new branch; returns what the user should know."""
-        life = self._life
+    def _clone(self, source: Head, head: Head) -> tuple[list[str], bool]:
+        """Make the data of a new branch.
+
+        Returns what the user should know, and whether the source has another newest point now.
+        """
+        life, has_replaced = self._life, False
         is_running = source.status == "running"
         began_at = time.time()
         if source.started_at is None and source.source != "empty" and source.kind == "trunk":
@@ -169,10 +174,11 @@ class Branches:
                 cloned = life.engine.clone(source.id, head.id)
                 with life.store.transaction() as tx:
                     tx.set_point(Point(source.id, cloned.point, cloned.live_uuid, lsn, began_at))
+                has_replaced = point is not None
         with life.store.transaction() as tx:
             tx.update(head.id, point_id=cloned.point)
             tx.record(source, "branched", _describe(head, cloned))
-        return [cloned.note] if cloned.note else []
+        return [cloned.note] if cloned.note else [], has_replaced
 
     def _checkpoint(self, source: Head) -> str:
         """Let the source write its dirty pages, so that the child starts quickly.

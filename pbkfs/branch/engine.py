@@ -6,7 +6,7 @@ their ids, and nothing of names, servers or the store.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -97,8 +97,11 @@ class Engine(Protocol):
         """Delete the data of a head; what others refer to stays. Idempotent."""
         ...
 
-    def collect(self, points: Collection[str]) -> list[str]:
-        """Delete what no head refers to, and the points that are not named; returns their names."""
+    def collect(self, points: Collection[str], known: Callable[[], Collection[str]]) -> list[str]:
+        """Delete what no head refers to, and the points that are not named; returns their names.
+
+        ``known`` gives the ids that the store has: what belongs to them is being made or used.
+        """
         ...
 
     def sizes(self, points: Mapping[str, Collection[str]]) -> dict[str, Size]:

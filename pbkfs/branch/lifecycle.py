@@ -8,6 +8,7 @@ holds the head's lock (``locks``), except for what only reads. Called by ``trunk
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from pbkfs.branch.store import Head, Kind, Store, now
 from pbkfs.branch.views import Connection, HeadView
 from pbkfs.errors import BusyError, PbkfsError
 from pbkfs.postgres.network import first_address
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
@@ -198,15 +201,23 @@ class Lifecycle:
     def collect(self, wait_s: float = 10.0) -> list[str]:
         """Delete layers and points that nobody refers to any more.
 
-        Left for the next time where a branch is made all the while.
+        Left for the next time where a branch is made all the while, or where something can't be
+        read: then nothing is deleted.
         """
         try:
             with self.locks.hold(LAYERS, what="the layers", wait_s=wait_s):
                 with self.store.transaction() as tx:
                     points = tx.point_ids()
-                return self.engine.collect(points)
+                return self.engine.collect(points, self._known_ids)
         except BusyError:
             return []
+        except PbkfsError as error:
+            logger.warning("nothing was cleaned up: %s", error.message)
+            return []
+
+    def _known_ids(self) -> set[str]:
+        heads = self.store.heads()
+        return {head.id for head in heads} | {head.pending_id for head in heads}
 
     # --- showing --------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from pbkfs import durable
@@ -25,7 +25,7 @@ from pbkfs.branch.engine import BaseSource, Cloned, Size
 from pbkfs.branch.layout import Layout, disk_bytes
 from pbkfs.branch.serving import free_of_holders
 from pbkfs.config import DEFAULT_INDEX_BYTES
-from pbkfs.errors import HostError, NotRunningError, PbkfsError
+from pbkfs.errors import DiffError, HostError, NotRunningError, PbkfsError
 from pbkfs.mount import ending, launch, sealing
 from pbkfs.mount.binding import read_binding, write_binding
 from pbkfs.mount.mounts import find_mountpoint
@@ -227,9 +227,22 @@ class OverlayEngine:
             with contextlib.suppress(FileNotFoundError):
                 self._layout.mount(head_id).rmdir()
 
-    def collect(self, points: Collection[str]) -> list[str]:
-        """Delete layers, points and copied bases that nothing refers to any more."""
-        heads = self._heads()
+    def collect(self, points: Collection[str], known: Callable[[], Collection[str]]) -> list[str]:
+        """Delete layers, points and copied bases that nothing refers to any more.
+
+        Of what looks like a head, only what was never used: a child that a seal has made for
+        somebody who had died meanwhile has no binding yet. A head of a lost store stays.
+        """
+        places = [self._layout.points, self._layout.layers, self._layout.heads]
+        places.append(self._layout.root / "backups")
+        # Looked at first: what is made later, by somebody whose row is there, is not in the list.
+        found = {place: sorted(place.iterdir()) for place in places}
+        known_ids = known()
+        heads = {
+            path: superblock
+            for path, superblock in self._heads().items()
+            if _head_id(path) in known_ids or read_binding(path) is not None
+        }
         kept = {path: found for path, found in self._points().items() if path.name in points}
         used = self._references(heads, kept)
         lost = sorted(str(path) for path in used if not path.is_dir())
@@ -240,21 +253,30 @@ class OverlayEngine:
                 hint="Has the data directory been moved? Move it back, or restore the layer.",
             )
         bases = {bound.base.path for path in heads if (bound := read_binding(path)) is not None}
-        removed = []
-        for directory, is_kept in (
-            (self._layout.points, kept.__contains__),
-            (self._layout.layers, used.__contains__),
-            (self._layout.heads, lambda path: path in used or path in heads),
-            (self._layout.root / "backups", lambda path: str(path) in bases),
-        ):
-            for path in sorted(directory.iterdir()):
-                if not is_kept(path) and not path.name.startswith("."):
-                    _remove(path)
-                    removed.append(f"{directory.name}/{path.name}")
-        return removed
+
+        def is_kept(path: Path) -> bool:
+            if path.parent == self._layout.points:
+                return path in kept
+            if path.parent == self._layout.layers:
+                return path in used
+            is_used = path in heads or path in used or str(path) in bases
+            return is_used or _head_id(path) in known_ids
+
+        removed = [path for paths in found.values() for path in paths if not is_kept(path)]
+        for path in removed:
+            _remove(path)
+        return [f"{path.parent.name}/{path.name}" for path in removed]
 
     def _heads(self) -> dict[Path, Superblock]:
         return dict(_superblocks(self._layout.heads))
+
+    def _readable_heads(self) -> dict[Path, Superblock]:
+        """Return the heads without the damaged ones: for what is only shown."""
+        found = {}
+        for path in self._layout.heads.iterdir():
+            with contextlib.suppress(OSError, DiffError):
+                found[path] = read_superblock(path)
+        return found
 
     def _points(self) -> dict[Path, Superblock]:
         return dict(_superblocks(self._layout.points))
@@ -268,7 +290,7 @@ class OverlayEngine:
     def sizes(self, points: Mapping[str, Collection[str]]) -> dict[str, Size]:
         """Return own and shared bytes of every head."""
         own, shared = {}, {}
-        heads = self._heads()
+        heads = self._readable_heads()
         for path in heads:
             own[path.name] = disk_bytes(path) + disk_bytes(self._layout.secret(path.name))
             shared[path.name] = 0
@@ -284,7 +306,7 @@ class OverlayEngine:
 
     def shared_bytes(self, points: Mapping[str, Collection[str]]) -> int:
         """Return what several heads refer to, each byte once."""
-        parts = self._parts(self._heads(), points)
+        parts = self._parts(self._readable_heads(), points)
         return sum(n_bytes for n_bytes, users, _ in parts if len(users) > 1)
 
     def _parts(
@@ -303,6 +325,11 @@ class OverlayEngine:
                 yield disk_bytes(layer), names, ""
         for point, owners in points.items():
             yield disk_bytes(self._layout.point(point)), set(owners), ""
+
+
+def _head_id(path: Path) -> str:
+    """Return the id of the head that a directory, perhaps with a temporary name, is for."""
+    return path.name.removeprefix(".").partition(".")[0]
 
 
 def _superblocks(directory: Path) -> Iterator[tuple[Path, Superblock]]:

@@ -2,7 +2,7 @@
 
 An operation that died is one that is written down as under way and whose lock nobody holds. Every
 operation begins with this; it costs some milliseconds where nothing is to be done. Never touched:
-a head whose lock is held, a directory that the store does not know of.
+a head whose lock is held.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ the ``say`` of a call. Any thread.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import pbkfs
@@ -24,7 +25,9 @@ from pbkfs.branch.settings import Settings
 from pbkfs.branch.store import Store
 from pbkfs.branch.trunks import Trunks
 from pbkfs.branch.views import HeadView, Overview
-from pbkfs.errors import UnsupportedError
+from pbkfs.errors import PbkfsError, UnsupportedError
+
+logger = logging.getLogger(__name__)
 
 
 class Service:
@@ -62,8 +65,11 @@ class Service:
         for head in self.store.heads():
             if not head.is_wanted or head.status not in ("stopped", "error"):
                 continue
-            (self.trunks if head.kind == "trunk" else self.branches).start(head.name)
-            started.append(head.name)
+            try:
+                (self.trunks if head.kind == "trunk" else self.branches).start(head.name)
+                started.append(head.name)
+            except PbkfsError as error:
+                logger.error("%s %s was not started: %s", head.kind, head.name, error.message)
         return started
 
     def tree(self) -> list[HeadView]:

@@ -23,7 +23,7 @@ from pbkfs.postgres.postmaster import Postmaster, identify, ping, read_pid_file
 from pbkfs.postgres.recovery import Recovery, RecoveryTarget
 from pbkfs.postgres.wal_feeder import WalFeeder
 
-_POLL_S = 0.05
+_POLL_S = 0.02
 _TAIL_LINES = 20
 
 # Source: src/backend/access/transam/xlogrecovery.c, recoveryPausesHere and ReadRecord. lc_messages

@@ -13,7 +13,7 @@ from fix_trunks import Heads
 from machine import TESTS
 
 # Not every step: about this many of each command, evenly spread.
-_N_TRIES = int(os.environ.get("PBKFS_TEST_KILLS", "8"))
+_N_TRIES = int(os.environ.get("PBKFS_TEST_KILLS", "5"))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_create(prod: Heads) -> None:
     assert len(used) <= 4 + len(_steps(n_steps))
 
 
-def test_reset_and_destroy(prod: Heads) -> None:
+def test_reset(prod: Heads) -> None:
     prod.branch("a", "prod")
     prod.sql("a", "insert into t values (2)")
     n_steps = _count_steps(prod, "branch", "reset", "a", "--yes")
@@ -91,6 +91,10 @@ def test_reset_and_destroy(prod: Heads) -> None:
         else:
             prod.run("branch", "reset", "a", "--yes")
     prod.check_cluster("a")
+
+
+def test_destroy(prod: Heads) -> None:
+    prod.branch("a", "prod")
     n_steps = _count_steps(prod, "branch", "destroy", "a", "--yes")
     for at in _steps(n_steps):
         prod.branch("a", "prod")

@@ -238,3 +238,36 @@ def test_roots_mount_belongs_to_root(user_at: UserPlace) -> None:
         assert done.returncode == errors.HostError.exit_code
         assert "belongs to another user" in done.stderr
     assert str(user_at.mnt) in user_at.pbkfs("list").stdout
+
+
+def test_branches_of_a_user(user_at: UserPlace, place: Path) -> None:
+    """Trunk, branch, branch of a branch, reset and destroy; all of it the user's own."""
+    (place / "data").mkdir()
+    os.chown(place / "data", UID, UID)
+    env = {
+        "PBKFS_DATA_DIR": str(place / "data" / "pbkfs"),
+        "PBKFS_RUN_DIR": str(place / "data" / "run"),
+        "PBKFS_DEFAULT_TRUNK_PORT": "31432",
+        "PBKFS_PORT_RANGE_START": "31500",
+        "PBKFS_PORT_RANGE_END": "31509",
+        "HOME": str(place / "data"),
+        "XDG_STATE_HOME": str(place / "data" / "state"),
+    }
+
+    def pb(*args: str) -> str:
+        done = user_at.pbkfs(*args, **env)
+        assert done.returncode == 0, (args, done.stdout, done.stderr)
+        return done.stdout
+
+    try:
+        pb("branch", "create", "a")  # makes the trunk main
+        pb("branch", "create", "b", "--from", "a")
+        assert pb("branch", "list", "--tree").count("running") == 3
+        pb("branch", "reset", "b", "--yes")
+        pb("branch", "stop", "a")
+        assert pb("branch", "connect", "b", "--uri").startswith("postgresql://postgres:")
+        owners = {path.stat().st_uid for path in (place / "data" / "pbkfs").glob("*/*")}
+        assert owners == {UID}
+    finally:
+        user_at.pbkfs("branch", "destroy", "a", "-r", "--yes", **env)
+        user_at.pbkfs("trunk", "stop", "main", **env)
