@@ -136,9 +136,12 @@ def complete_name(kind: str | None) -> Callable[[click.Context, click.Parameter,
     """Return a completion of names of trunks, branches or (None) both."""
 
     def complete(_ctx: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+        from pbkfs.branch.settings import read_settings
+        from pbkfs.branch.store import Store
+
         try:
-            with service(settles=False) as opened:
-                heads = opened.store.heads()
+            path = read_settings().metadata_path
+            heads = Store(path).heads() if path.exists() else []
         except Exception:
             return []  # a completion must never disturb the line that is typed
         return [h.name for h in heads if h.name.startswith(begun) and kind in (None, h.kind)]

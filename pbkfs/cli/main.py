@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "trunk": ("pbkfs.cli.trunk", "Trunks: what branches are made of, without a copy."),
     "branch": ("pbkfs.cli.branch", "Branches: a server of its own in about a second."),
     "server": ("pbkfs.cli.server", "The daemon: trunks and branches over REST."),
+    "completion": ("pbkfs.cli.completion", "Let the shell complete commands and names."),
     "wal-get": ("pbkfs.cli.wal_get", "Fetch a WAL file from a store's archive (restore_command)."),
 }
 ALIASES = {"umount": "unmount", "ls": "list"}
@@ -146,6 +147,8 @@ def run(arguments: list[str]) -> int:
         _report(_plain(error.format_message()), hint)
         return 2
     except (BrokenPipeError, SystemExit):
+        if os.environ.get("_PBKFS_COMPLETE"):
+            return 0  # click has answered a shell that completes a line
         # The reader of our output is gone (``pbkfs list | head -1``); only then does click exit by
         # itself here. The interpreter must not flush what is left. 141 is a shell's 128 + 13.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
