@@ -107,6 +107,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(run(arguments))
 
 
+def pgbranchd() -> NoReturn:
+    """Run the daemon; the console script of its older name, configured by ``PGBRANCH_*``."""
+    main(["server", *sys.argv[1:]])
+
+
 def _open_standard_descriptors() -> None:
     """Put /dev/null in the place of a closed stdin, stdout or stderr.
 

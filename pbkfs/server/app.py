@@ -91,7 +91,24 @@ async def _answer_status(request: Request, error: Exception) -> Response:
         problem = problems.of_status(error.status_code, f"{place}: {error.detail}")
     response = _response(problem)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        # Of its own it names the methods of the first route only.
+        response.headers["allow"] = ", ".join(_methods_of(request)) or "GET"
     return response
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return the methods that the document has for a request's path."""
+    parts = request.url.path.split("/")
+    found: set[str] = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        known = path.split("/")
+        if len(known) == len(parts) and all(
+            part == wanted or wanted.startswith("{")
+            for part, wanted in zip(parts, known, strict=True)
+        ):
+            found |= {method.upper() for method in operations}
+    return sorted(found)
 
 
 async def _answer_bug(_request: Request, _error: Exception) -> Response:

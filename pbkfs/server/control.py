@@ -58,9 +58,13 @@ class Operation:
         self.result: Any = None
         self.error: Exception | None = None
 
-    async def wait(self, limit_s: float) -> bool:
-        """Wait for its end; returns whether it came. Raises what the operation failed with."""
-        await self.begun.wait()
+    async def wait(self, limit_s: float, *, at_least_begun: bool = False) -> bool:
+        """Wait for its end, and if told so for its begin in any case; returns whether it ended.
+
+        Raises what the operation failed with.
+        """
+        if at_least_begun:
+            await self.begun.wait()
         with trio.move_on_after(limit_s):
             await self.ended.wait()
         if self.error is not None:
@@ -159,7 +163,7 @@ class Control:
             operation = self._begin_creation(kind, arguments, is_watched=wait_s > 0)
         elif operation.name != f"create_{kind}" or _wish(operation.arguments) != _wish(arguments):
             raise NameConflictError(f"{name!r} is being created already, and not like this")
-        is_done = await operation.wait(wait_s)
+        is_done = await operation.wait(wait_s, at_least_begun=True)
         notes = operation.result if is_done and isinstance(operation.result, list) else []
         return await self.show(name, kind), notes
 

@@ -67,14 +67,16 @@ class Guard:
             return message
 
         try:
-            refusal = self._refuse(scope)
+            refusal = self._refuse(scope) or _refuse_size(scope)
             if refusal is not None:
+                if refusal.status == 413:
+                    await _drain(receive)
                 await _answer(count, refusal)
                 return
             await self._app(scope, measure, count)
         except _TooLargeError:
             if not status:
-                await _answer(count, problems.of_status(413, "the body is larger than 1 MiB"))
+                await _answer(count, _too_large())
         except Exception:
             logger.exception("request %s %s failed", scope["method"], scope["path"])
             if not status:
@@ -107,6 +109,28 @@ class Guard:
                 403, f"host {host!r} is not this host", "Use 127.0.0.1, localhost or the socket."
             )
         return None
+
+
+def _refuse_size(scope: Scope) -> Problem | None:
+    """Refuse a body that says itself that it is too large; else it is found out on the way."""
+    for name, value in scope["headers"]:
+        is_length = name.lower() == b"content-length" and value.isdigit()
+        if is_length and (len(value) > 18 or int(value) > _MAX_BODY_BYTES):
+            return _too_large()
+    return None
+
+
+async def _drain(receive: Receive) -> None:
+    """Take in a body that is not too absurd, so that its sender gets to reading the answer."""
+    n_received, more = 0, True
+    while more and n_received < 8 * _MAX_BODY_BYTES:
+        message = await receive()
+        n_received += len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
+def _too_large() -> Problem:
+    return problems.of_status(413, "the body is larger than 1 MiB")
 
 
 def is_local_name(host: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from pbkfs.branch.views import Connection as ConnectionView
 from pbkfs.branch.views import HeadView, Log
@@ -15,34 +15,43 @@ Auth = Literal["password", "trust"]
 # Written into the document, but checked by the service: its errors have their own types.
 _NAME = {"pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"}
 _TAG = {"pattern": "^[^\\s,]{1,128}$"}
-_TTL = {"examples": ["2h", "7d", "90m"]}
+_DURATION = r"([0-9]+(\.[0-9]*)?(ms|s|m|h|d|w))+"
+_TTL = {"pattern": f"^(never|{_DURATION})$", "examples": ["2h", "7d", "90m"]}
 
-Name = Annotated[str, Field(json_schema_extra=_NAME)]
-Tag = Annotated[str, Field(json_schema_extra=_TAG)]
+
+def _check_text(text: str) -> str:
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("holds characters that no text has")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Name = Annotated[Text, Field(json_schema_extra=_NAME)]
+Tag = Annotated[Text, Field(json_schema_extra=_TAG)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class NewBranch(_Request):
     """A branch to be made. Without a name it gets one."""
 
     name: Name | None = None
-    parent: Annotated[str, Field(alias="parent", description="Trunk or branch.")] = "main"
-    ttl: Annotated[str | None, Field(json_schema_extra=_TTL)] = None
+    parent: Annotated[Text, Field(description="Trunk or branch.")] = "main"
+    ttl: Annotated[Text | None, Field(json_schema_extra=_TTL)] = None
     tags: list[Tag] = []
     auth: Auth = "password"
-    cpu: Annotated[str | None, Field(description="Not available in this version.")] = None
-    memory: Annotated[str | None, Field(description="Not available in this version.")] = None
+    cpu: Annotated[Text | None, Field(description="Not available in this version.")] = None
+    memory: Annotated[Text | None, Field(description="Not available in this version.")] = None
 
 
 class BranchChange(_Request):
     """What is to be changed of a branch; what is left out stays."""
 
     name: Name | None = None
-    ttl: Annotated[str | None, Field(description="From now on, or never.")] = None
+    ttl: Annotated[Text | None, Field(description="From now on.", json_schema_extra=_TTL)] = None
     add_tags: list[Tag] = []
     remove_tags: list[Tag] = []
 
@@ -54,11 +63,11 @@ class NewTrunk(_Request):
     """
 
     name: Name
-    store: Annotated[str | None, Field(description="A store of pg_probackup.")] = None
-    instance: str | None = None
-    backup_id: Annotated[str | None, Field(description="Of the store; default: latest.")] = None
-    directory: Annotated[str | None, Field(description="A copy of a data directory.")] = None
-    url: Annotated[str | None, Field(description="A running server, to be copied.")] = None
+    store: Annotated[Text | None, Field(description="A store of pg_probackup.")] = None
+    instance: Text | None = None
+    backup_id: Annotated[Text | None, Field(description="Of the store; default: latest.")] = None
+    directory: Annotated[Text | None, Field(description="A copy of a data directory.")] = None
+    url: Annotated[Text | None, Field(description="A running server, to be copied.")] = None
     pg_version: Annotated[int | None, Field(ge=14, description="Major of an empty one.")] = None
     port: Port | None = None
     wal_level: Literal["minimal", "replica", "logical"] | None = None
@@ -75,8 +84,8 @@ class TrunkStart(_Request):
 class Refresh(_Request):
     """What a trunk is to be put on."""
 
-    backup_id: Annotated[str | None, Field(description="Default: latest.")] = None
-    directory: str | None = None
+    backup_id: Annotated[Text | None, Field(description="Default: latest.")] = None
+    directory: Text | None = None
 
 
 # --- responses ----------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from pbkfs.server.control import Control
 from pbkfs.server.models import Problem
 
 _WORDS = {"": math.inf, "true": math.inf, "1": math.inf, "false": 0.0, "0": 0.0}
-_WAIT = "true, false, or for how long at most: 30s. What was begun goes on afterwards."
+_WAIT = Query(
+    description="true, false, or for how long at most: 30s. What was begun goes on afterwards.",
+    json_schema_extra={"pattern": r"^(true|false|1|0|)$|^([0-9]+(\.[0-9]*)?(ms|s|m|h|d|w))+$"},
+)
 
 
 def control_of(request: Request) -> Control:
@@ -38,11 +41,11 @@ def parse_wait(text: str) -> float:
         raise InvalidRequestError(f"wait: {error.message}", hint=error.hint) from error
 
 
-def _no_wait(wait: Annotated[str, Query(description=_WAIT)] = "false") -> float:
+def _no_wait(wait: Annotated[str, _WAIT] = "false") -> float:
     return parse_wait(wait)
 
 
-def _wait(wait: Annotated[str, Query(description=_WAIT)] = "true") -> float:
+def _wait(wait: Annotated[str, _WAIT] = "true") -> float:
     return parse_wait(wait)
 
 

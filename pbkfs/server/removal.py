@@ -17,7 +17,7 @@ async def destroy(
     await control.show(name, kind)
     below = await control.read(_descendants, control, name)
     operation = control.begin("destroy", {"name": name, "kind": kind, "recursive": recursive})
-    is_done = await operation.wait(wait_s)
+    is_done = await operation.wait(wait_s, at_least_begun=True)
     return Destroyed(name=name, status="deleted" if is_done else "deleting", children_deleted=below)
 
 
