@@ -18,11 +18,14 @@ import pytest
 from fix_mounts import run_pbkfs
 from fix_place import Place
 from fix_postgres import wait_until
+from machine import TESTS
 
 from pbkfs.errors import BusyError, DiffError, NotRunningError
 from pbkfs.mount import control
 from pbkfs.mount.sealing import Child, SealReport, seal
 from pbkfs.mount.standstill import Standstill, find_processes
+from pbkfs.overlay.diff import live_path
+from pbkfs.overlay.superblock import read_superblock
 
 PAGE = 8192
 
@@ -241,6 +244,43 @@ def test_diff_that_is_not_mounted(at: Place, base: Path) -> None:
             assert (mnt / "base/1/1259").read_bytes() == expected
     at.mount("--reuse")
     assert (at.mnt / "base/1/1259").read_bytes() == b"two"
+
+
+@pytest.mark.parametrize(
+    ("label", "is_switched"),
+    [
+        ("layer:journal:rename", False),
+        ("seal:child:superblock:rename", False),
+        ("journal:end:append", False),
+        ("seal:superblock:rename", False),
+        ("seal:superblock:fsync_dir", True),
+        ("seal:child:rename", True),
+    ],
+)
+def test_worker_dies_in_a_seal(at: Place, base: Path, label: str, is_switched: bool) -> None:
+    """The next mount finds the old layer or the new one, and all that was synced; and seals."""
+    n = "2" if label.startswith("layer:") else "1"  # the diff was made so, too
+    owner = f"{os.geteuid()}:{os.getegid()}"
+    words = ["mount", "--base", base, "-D", at.mnt, "-d", at.diff, "--owner", owner]
+    command = [sys.executable, TESTS / "labelled.py", at.root / "steps", label, n, *words]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    for path in (at.mnt / "base/1/1259", at.mnt / "new"):
+        with path.open("wb") as file:
+            file.write(b"changed" * 3000)
+            os.fsync(file.fileno())
+    before = contents(at.mnt)
+    with pytest.raises(DiffError, match="exists already"):
+        seal_at(at, 1)
+    assert label in (at.root / "steps").read_text().splitlines()
+    wait_until(at.is_dead)
+    assert not (at.root / "child1").exists()
+    at.mount("--reuse")
+    assert (live_path(at.diff, read_superblock(at.diff)) != at.diff) == is_switched
+    assert contents(at.mnt) == before
+    seal_at(at, 2)
+    assert contents(at.mnt) == before
+    with mounted(at, at.root / "child2", base) as mnt:
+        assert contents(mnt) == before
 
 
 # --- standing still -------------------------------------------------------------------------------
