@@ -6,6 +6,7 @@ server's own bind another process may take the port, and the caller then tries t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -155,6 +156,18 @@ def make_run_directory(data_dir: Path, account: Account) -> Path:
             hint="Name another directory with --socket-dir.",
         ) from error
     return path
+
+
+def remove_dead_sockets(run_dir: Path) -> None:
+    """Remove the sockets that a killed server left in its run directory, which is its own.
+
+    PostgreSQL does so itself, but looks at the lock file's process with kill(pid, 0), which finds
+    a dead one too, until somebody has waited for it.
+    """
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(run_dir):
+            if entry.startswith(".s.PGSQL."):
+                (run_dir / entry).unlink()
 
 
 def remove_run_directory(data_dir: Path, account: Account) -> None:

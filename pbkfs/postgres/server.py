@@ -33,6 +33,7 @@ from pbkfs.postgres.network import (
     check_socket_directory,
     find_free_port,
     make_run_directory,
+    remove_dead_sockets,
     remove_run_directory,
 )
 from pbkfs.postgres.postmaster import (
@@ -71,6 +72,7 @@ def start(cluster: Cluster, options: StartOptions, reporter: Reporter) -> Starte
     configuration = read_configuration(cluster.data_dir)
     port = _choose_port(options)
     run_dir = make_run_directory(cluster.data_dir, cluster.owner)
+    remove_dead_sockets(run_dir)  # no server runs here, as we have seen
     with contextlib.ExitStack() as stack:
         stack.callback(_tidy, cluster)
         place = Place(port, options.listen_addresses, _choose_socket_dir(cluster, options, run_dir))
