@@ -391,7 +391,7 @@ static void *read_all(void *arg)
         int n_iov;
         ssize_t r = pbk_node_read(node, ctx, off, (size_t)(1 + below(&seed, 32)) * PBK_BLCKSZ, iov,
                                   below(&seed, 2) ? 40 : 4, &n_iov);
-        CHECK(r >= 0 && r % HALF == 0);
+        CHECK(r >= 0 && (pbk_node_ino(node) != 1 || r % HALF == 0)); /* the others are cut anywhere */
         size_t n = 0;
         for (int i = 1; i < n_iov; i++) {
             memcpy(bytes + n, iov[i].iov_base, iov[i].iov_len);

@@ -169,7 +169,11 @@ async def _serve(args: argparse.Namespace, tree: Any) -> None:
     from pbkfs.fuse.session import Session
 
     session = Session(
-        tree, args.mountpoint, allow_other=args.allow_other, fsname=args.fsname or str(args.diff)
+        tree,
+        args.mountpoint,
+        allow_other=args.allow_other,
+        fsname=args.fsname or str(args.diff),
+        full_wait_s=0,
     )
 
     async def unmount() -> dict[str, Any]:
@@ -240,7 +244,9 @@ def _serve_often(args: argparse.Namespace, tree: Any) -> None:
         file.unlink()
 
     async def once() -> None:
-        session = Session(tree, args.mountpoint, allow_other=False, fsname=str(args.diff))
+        session = Session(
+            tree, args.mountpoint, allow_other=False, fsname=str(args.diff), full_wait_s=0
+        )
         async with trio.open_nursery() as nursery:
             session.mount()
             await nursery.start(session.serve)
