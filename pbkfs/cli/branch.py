@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from pbkfs.cli import heads
 from pbkfs.cli.heads import AliasGroup, complete_name, output_option, yes_option
+from pbkfs.cli.remote import api_url, remote_options
 from pbkfs.units import format_bytes, format_duration
 
 
@@ -17,6 +20,7 @@ name_argument = click.argument("name", shell_complete=complete_name("branch"))
 
 
 @click.group("branch", cls=_Group)
+@remote_options
 def command() -> None:
     """Branches: a server of its own in about a second, whatever the size.
 
@@ -59,7 +63,7 @@ def create(
     trust: bool,
     cpu: str | None,
     memory: str | None,
-    wait: bool,  # noqa: ARG001 - without a daemon there is nobody who could go on
+    wait: bool,
     connect: bool,
     output: str,
 ) -> None:
@@ -68,9 +72,17 @@ def create(
     Without NAME it gets one like branch-a1b2c3d4. What it branches from is not stopped.
     """
     heads.check_limits(cpu, memory)
+    # Without a daemon there is nobody who could go on.
+    more: dict[str, Any] = {} if wait or connect or not api_url() else {"wait": False}
     with heads.service() as service, heads.progress() as say:
         view = service.branches.create(
-            name, parent=parent, ttl=ttl, tags=tags, auth="trust" if trust else "password", say=say
+            name,
+            parent=parent,
+            ttl=ttl,
+            tags=tags,
+            auth="trust" if trust else "password",
+            say=say,
+            **more,
         )
         found = service.branches.connection(view.name) if connect else None
     if output == "table":

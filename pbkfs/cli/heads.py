@@ -10,11 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from pbkfs.cli.output import echo_json, format_fields, format_table
+from pbkfs.cli.remote import api_token, api_url
 from pbkfs.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -53,7 +54,15 @@ class AliasGroup(click.Group):
 
 @contextlib.contextmanager
 def service(*, settles: bool = True) -> Iterator[Service]:
-    """Open the service in this process; before that, settle what a crash left and what expired."""
+    """Open the service in this process; before that, settle what a crash left and what expired.
+
+    Where a daemon is named (``--api-url``), it does the work: what is given has the same methods.
+    """
+    if api_url():
+        from pbkfs.client import RemoteService
+
+        yield cast("Service", RemoteService(api_url(), api_token()))
+        return
     from pbkfs.branch.service import open_service
     from pbkfs.branch.settings import read_settings
 
@@ -136,6 +145,8 @@ def complete_name(kind: str | None) -> Callable[[click.Context, click.Parameter,
     """Return a completion of names of trunks, branches or (None) both."""
 
     def complete(_ctx: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+        if api_url():
+            return []
         from pbkfs.branch.settings import read_settings
         from pbkfs.branch.store import Store
 
@@ -357,8 +368,7 @@ def echo_overview(output: str) -> None:
     """Print how many trunks and branches there are and what they take."""
     from pbkfs.branch.settings import read_settings
 
-    settings = read_settings()
-    if not settings.metadata_path.exists():
+    if not api_url() and not read_settings().metadata_path.exists():
         # Looking must not make anything.
         from pbkfs import __version__
         from pbkfs.branch.views import Overview

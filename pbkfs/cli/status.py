@@ -9,6 +9,7 @@ import click
 
 from pbkfs.cli.output import echo_json, format_fields
 from pbkfs.cli.pgdata_option import cluster_at, user_option
+from pbkfs.cli.remote import remote_options
 from pbkfs.errors import NotRunningError
 from pbkfs.postgres.running import Status, read_status
 
@@ -25,6 +26,7 @@ from pbkfs.postgres.running import Status, read_status
     help="The mount point, or any other PGDATA; without it, trunks and branches.",
 )
 @user_option
+@remote_options
 @click.option(
     "-o",
     "--output",

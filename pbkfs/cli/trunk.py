@@ -8,6 +8,7 @@ import click
 
 from pbkfs.cli import heads
 from pbkfs.cli.heads import AliasGroup, complete_name, output_option, yes_option
+from pbkfs.cli.remote import remote_options
 from pbkfs.errors import UsageError
 
 
@@ -20,6 +21,7 @@ _DIRECTORY = click.Path(path_type=Path, readable=False)
 
 
 @click.group("trunk", cls=_Group)
+@remote_options
 def command() -> None:
     """Trunks: what branches are made of, without a copy.
 
