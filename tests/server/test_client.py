@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ class Remote:
 
 
 @pytest.fixture
-def remote(served: Daemon, tmp_path: Path) -> Remote:
+def remote(served: Daemon, tmp_path: Path) -> Iterator[Remote]:
     """The command line for the module's daemon."""
     made = Remote(served, tmp_path)
     yield made
@@ -129,7 +130,7 @@ def test_pgbranch(remote: Remote) -> None:
     assert "Created" in remote.pgbranch(*place, "create", "a", "-f", "main", "-t", "x", "-w")
     (found,) = json.loads(remote.pgbranch(*place, "-o", "json", "list"))["branches"]
     assert found["name"] == "a"
-    assert "name: main" in remote.pgbranch("trunk", "list", *place, "--output", "yaml")
+    assert 'name: "main"' in remote.pgbranch("trunk", "list", *place, "--output", "yaml")
     assert "Branches: 1 running" in remote.pgbranch(*place, "--no-color", "-v", "status")
     assert json.loads(remote.pgbranch(*place, "status", "-o", "json"))["branches_running"] == 1
     remote.pgbranch(*place, "rm", "a", "-y")
@@ -137,10 +138,8 @@ def test_pgbranch(remote: Remote) -> None:
 
 
 def test_translation_of_pgbranch() -> None:
-    assert translate(["create", "a", "-o=json"]) == (
-        ["branch", "create", "a"],
-        {"PBKFS_OUTPUT": "json"},
-    )
+    output = {"PBKFS_OUTPUT": "json"}
+    assert translate(["create", "a", "--output=json"]) == (["branch", "create", "a"], output)
     assert translate(["trunk", "info"]) == (["trunk", "info"], {})
     assert translate(["--help"]) == (["--help"], {})
     assert translate(["info", "--", "-o", "x"]) == (["branch", "info", "--", "-o", "x"], {})
