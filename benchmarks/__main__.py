@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.branches import Branches
 from benchmarks.dataset import Data, Sizes
 from benchmarks.measure import NATIVE, RESULTS, Figure, print_table, say, write_results
 from benchmarks.memory import Memory
@@ -32,6 +33,7 @@ GROUPS: dict[str, Any] = {
     "postgres": Postgres,
     "memory": Memory,
     "restore": Restore,
+    "branches": Branches,
 }
 COMPARED = ("micro", "postgres")  # groups that run on all sides
 SIDES = (
