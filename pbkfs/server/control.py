@@ -174,7 +174,7 @@ class Control:
             arguments = {**arguments, "keep_failed": True}
 
         async def before() -> bool:
-            if await self._is_being_created(kind, arguments):
+            if await self._is_being_created(kind, arguments, operation.begun.set):
                 return False
             if kind == "branch":
                 await self._check_parent(arguments["parent"])
@@ -196,10 +196,13 @@ class Control:
         self._nursery.start_soon(forget)
         return operation
 
-    async def _is_being_created(self, kind: Kind, arguments: Arguments) -> bool:
+    async def _is_being_created(
+        self, kind: Kind, arguments: Arguments, begun: Callable[[], None]
+    ) -> bool:
         """Wait for a creation that an earlier daemon began or the command line, if it is the same.
 
-        Returns False if there is none. Raises NameConflictError if it is another one.
+        Returns False if there is none; ``begun`` is called if there is. Raises NameConflictError
+        if it is another one.
         """
         name, is_first = arguments["name"], True
         while True:
@@ -212,7 +215,8 @@ class Control:
                 head.status == "creating" and await self.read(self._is_alike, head, arguments)
             ):
                 raise NameConflictError(f"a {head.kind} named {name!r} exists already")
-            if head.status != "creating":
+            begun()
+            if head.status not in ("creating", "starting"):
                 return True
             is_first = False
             await trio.sleep(0.1)
@@ -306,11 +310,15 @@ class Control:
         await self._settle()
         try:
             await self.make_main()
+        except StoppingError:
+            return
         except Exception as error:
             # It is tried again when a branch of it is asked for.
             logger.error("the default trunk can't be made: %s", getattr(error, "message", error))
         self.is_ready = True
         for head in await self.read(self.service.store.heads):
+            if self.is_stopping:
+                return
             if head.is_wanted and head.status in ("stopped", "error"):
                 self.begin("start", {"name": head.name, "kind": head.kind})
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pbkfs import log
 from pbkfs.branch.layout import Layout
 from pbkfs.branch.service import open_service
-from pbkfs.branch.settings import Settings
+from pbkfs.branch.settings import PREFIXES, Settings
 from pbkfs.server.hands import Hands
 from pbkfs.server.listening import check_address, listen_tcp, listen_unix, only_daemon
 
@@ -57,6 +57,9 @@ def run(settings: Settings, bind: Bind, style: log.Format = "text") -> None:
     layout.prepare()
     log.configure("stderr", style=style, debug=settings.log_level == "debug")
     logging.getLogger().setLevel(_LEVELS[settings.log_level])
+    for prefix in PREFIXES:
+        # Servers are started with our environment, and their users can look at it.
+        os.environ.pop(f"{prefix}API_TOKEN", None)
     # First of all: what it forks must have neither our lock nor our sockets, and SQLite's
     # connection must not be carried over a fork.
     with (

@@ -14,7 +14,7 @@ State = Literal["creating", "starting", "running", "stopped", "error", "deleting
 Auth = Literal["password", "trust"]
 # Written into the document, but checked by the service: its errors have their own types.
 _NAME = {"pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"}
-_TAG = {"pattern": "^[^\\s,]{1,128}$"}
+_TAG = {"pattern": "^[^\\s,\\u0000]{1,128}$"}
 _DURATION = r"([0-9]+(\.[0-9]*)?(ms|s|m|h|d|w))+"
 _TTL = {"pattern": f"^(never|{_DURATION})$", "examples": ["2h", "7d", "90m"]}
 
@@ -25,7 +25,9 @@ def _check_text(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_check_text)]
+Text = Annotated[
+    str, AfterValidator(_check_text), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})
+]
 Name = Annotated[Text, Field(json_schema_extra=_NAME)]
 Tag = Annotated[Text, Field(json_schema_extra=_TAG)]
 Port = Annotated[int, Field(ge=1, le=65535)]
