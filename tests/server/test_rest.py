@@ -283,6 +283,14 @@ def test_connection(served: Daemon) -> None:
     assert served.heads.programs.sql(found["uri"], "select 1") == "1"
 
 
+def test_servers_do_not_inherit_the_token(served: Daemon) -> None:
+    served.branch("a")
+    served.sql("a", "create table t (line text)", "copy t from program 'env' delimiter e'\\x01'")
+    found = served.sql("a", "select string_agg(line, chr(10)) from t")
+    assert "PATH=" in found
+    assert TOKEN not in found
+
+
 def test_list_and_its_filters(served: Daemon) -> None:
     served.branch("a", tags=["x"])
     served.branch("b", "a", tags=["x", "y"])
