@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -220,6 +221,9 @@ def test_disk_is_full_at_the_end(at: Place, full_disk: Path, base: Path) -> None
             file.seek(block * 8192)
             file.write(b"x" * 8192)
     fill(full_disk / "filler2")
+    # The journal has some room of its own: use that up.
+    with pytest.raises(OSError, match="No space left"):
+        rename_for_ever(at.mnt / "PG_VERSION")
     done = run_pbkfs("unmount", "-D", at.mnt, check=False)
     assert done.returncode == errors.HostError.exit_code, done.stderr
     assert "is unmounted, but its last changes may not be on disk" in done.stderr
@@ -229,6 +233,12 @@ def test_disk_is_full_at_the_end(at: Place, full_disk: Path, base: Path) -> None
     content = (at.mnt / "base/1/1259").read_bytes()
     assert content[4 * 8192 :] == (b"x" * 8192 + bytes(8192)) * (n_pages // 2 - 2)
     run_pbkfs("unmount", "-D", at.mnt)
+
+
+def rename_for_ever(path: Path) -> None:
+    """Change a name again and again."""
+    for n in itertools.count():
+        path = path.rename(path.with_name(f"v{n}"))
 
 
 def fill(path: Path) -> None:
