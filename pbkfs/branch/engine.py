@@ -97,10 +97,17 @@ class Engine(Protocol):
         """Delete the data of a head; what others refer to stays. Idempotent."""
         ...
 
-    def collect(self, points: Collection[str], known: Callable[[], Collection[str]]) -> list[str]:
+    def collect(
+        self,
+        points: Collection[str],
+        known: Callable[[], Collection[str]],
+        made: Collection[str] = (),
+    ) -> list[str]:
         """Delete what no head refers to, and the points that are not named; returns their names.
 
         ``known`` gives the ids that the store has: what belongs to them is being made or used.
+        ``made`` are those that are complete: where one of them, or a point, is not there, nobody
+        knows what it refers to, and nothing is deleted. Raises PbkfsError.
         """
         ...
 

@@ -208,7 +208,9 @@ class Lifecycle:
             with self.locks.hold(LAYERS, what="the layers", wait_s=wait_s):
                 with self.store.transaction() as tx:
                     points = tx.point_ids()
-                return self.engine.collect(points, self._known_ids)
+                    heads = tx.heads()
+                made = [head.id for head in heads if head.status not in ("creating", "deleting")]
+                return self.engine.collect(points, self._known_ids, made)
         except BusyError:
             return []
         except PbkfsError as error:

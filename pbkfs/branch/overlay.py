@@ -227,7 +227,12 @@ class OverlayEngine:
             with contextlib.suppress(FileNotFoundError):
                 self._layout.mount(head_id).rmdir()
 
-    def collect(self, points: Collection[str], known: Callable[[], Collection[str]]) -> list[str]:
+    def collect(
+        self,
+        points: Collection[str],
+        known: Callable[[], Collection[str]],
+        made: Collection[str] = (),
+    ) -> list[str]:
         """Delete layers, points and copied bases that nothing refers to any more.
 
         Of what looks like a head, only what was never used: a child that a seal has made for
@@ -245,12 +250,15 @@ class OverlayEngine:
         }
         kept = {path: found for path, found in self._points().items() if path.name in points}
         used = self._references(heads, kept)
-        lost = sorted(str(path) for path in used if not path.is_dir())
+        lost = [f"head {path}" for path in map(self._layout.head, made) if path not in heads]
+        lost += [f"point {path}" for path in map(self._layout.point, points) if path not in kept]
+        lost += [f"layer {path}" for path in used if not path.is_dir()]
         if lost:
-            # What is named lies elsewhere, so what lies here may be what is meant.
+            # What is named lies elsewhere, so what lies here may be what is meant; and what a head
+            # that is missing refers to is not known.
             raise HostError(
-                f"layer {lost[0]} is missing, so nothing below {self._layout.root} is cleaned up",
-                hint="Has the data directory been moved? Move it back, or restore the layer.",
+                f"{min(lost)} is missing, so nothing below {self._layout.root} is cleaned up",
+                hint="Has the data directory been moved? Move it back, or restore what is missing.",
             )
         bases = {bound.base.path for path in heads if (bound := read_binding(path)) is not None}
 

@@ -60,6 +60,17 @@ def test_nothing_is_deleted_where_a_layer_is_missing(layout: Layout) -> None:
     assert {path.name for path in layout.layers.iterdir()} == {"one", "two", "stray"}
 
 
+@pytest.mark.parametrize(("points", "made"), [([], ["a", "b"]), (["p"], ["a"])])
+def test_nothing_is_deleted_where_a_head_or_point_is_missing(
+    layout: Layout, points: list[str], made: list[str]
+) -> None:
+    """Its superblock alone says which layers it needs."""
+    add_head(layout, "a", layout.layer("one"))
+    with pytest.raises(HostError, match=r"(heads/b|points/p) is missing"):
+        OverlayEngine(layout).collect(points, lambda: {"a", "b"}, made)
+    assert {path.name for path in layout.layers.iterdir()} == {"one", "two", "stray"}
+
+
 def test_a_head_that_the_store_does_not_know(layout: Layout) -> None:
     used = add_head(layout, "used", layout.layer("one"))
     binding.write_binding(used, BINDING)
