@@ -130,6 +130,8 @@ class Branches:
             pg_version=source.pg_version,
             bindir=source.bindir,
             auth=auth,
+            # Its replication slots are copied, too, and keep a server with less from starting.
+            wal_level=source.wal_level,
             created_at=now(),
             expires_at=_moment_after(lifetime),
         )

@@ -24,7 +24,7 @@ CREATE TABLE heads (
     pg_database     TEXT NOT NULL,
     pg_version      TEXT NOT NULL DEFAULT '',
     bindir          TEXT NOT NULL DEFAULT '',    -- where its server's programs are
-    wal_level       TEXT NOT NULL DEFAULT '',    -- of a trunk
+    wal_level       TEXT NOT NULL DEFAULT '',    -- of a trunk, and of its branches
     auth            TEXT NOT NULL CHECK (auth IN ('password', 'trust')),
     server_pid      INTEGER NOT NULL DEFAULT 0,  -- the postmaster, with its start in clock ticks
     server_ticks    INTEGER NOT NULL DEFAULT 0,
