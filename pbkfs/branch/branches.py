@@ -111,6 +111,7 @@ class Branches:
         tags: Sequence[str],
     ) -> Head:
         life = self._life
+        life.check_is_whole(source)
         status = life.status_of(source)
         if status not in ("running", "stopped"):
             raise ParentNotReadyError(

@@ -158,6 +158,7 @@ class Lifecycle:
 
     def start(self, head: Head, say: Say) -> Head:
         """Start a head that is stopped or in error; one that runs is left as it is."""
+        self.check_is_whole(head)
         if head.status == "running":
             if self.status_of(head) == "running":
                 return head
@@ -166,8 +167,21 @@ class Lifecycle:
             raise WrongStateError(f"{head.kind} {head.name!r} is {head.status}")
         return self.bring_up(head, say)
 
+    def check_is_whole(self, head: Head) -> None:
+        """Raise WrongStateError for a head that a reset or refresh has left half-way.
+
+        Its WAL may be that of another state than its layers.
+        """
+        if head.operation in ("reset", "refresh"):
+            raise WrongStateError(
+                f"the {head.operation} of {head.kind} {head.name!r} did not come to its end",
+                hint="The next command goes on with it, once what stopped it is gone: perhaps a "
+                f"full disk. See pbkfs {head.kind} log {head.name}.",
+            )
+
     def stop(self, head: Head) -> Head:
         """Stop a head; its data stays, its port is free for others."""
+        self.check_is_whole(head)
         if head.status not in ("running", "error", "stopped"):
             raise WrongStateError(f"{head.kind} {head.name!r} is {head.status}")
         self.store.update(head.id, operation="stop")

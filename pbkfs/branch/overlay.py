@@ -196,14 +196,14 @@ class OverlayEngine:
         head = self._layout.head(head_id)
         mine = read_superblock(head)
         layers: tuple[LayerRef, ...] = ()
+        shown = self._layout.point(point)
         with _host_errors(head):
+            if point:
+                layers = read_superblock(shown).layers
             _remove(head / _WAL)
             _remove(head / f"{_WAL}.new")
-            if point:
-                shown = self._layout.point(point)
-                layers = read_superblock(shown).layers
-                if (shown / _WAL).is_dir():
-                    _copy_wal(shown / _WAL, head / _WAL)
+            if point and (shown / _WAL).is_dir():
+                _copy_wal(shown / _WAL, head / _WAL)
             durable.on_step("branch:reset")
             self._write_superblock(head, dataclasses.replace(mine, layers=layers))
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from pbkfs.branch.branches import Branches
 from pbkfs.branch.engine import BaseSource
@@ -227,11 +228,15 @@ class Trunks:
         target.mkdir(mode=0o700)
         if os.geteuid() == 0:
             os.chown(target, account.uid, account.gid)
+        # Everybody may read the command lines of all processes.
+        address, password = split_password(url)
         command: list[str | Path] = [
-            program, "-d", url, "-D", target, "-c", "fast", "-X", "stream", "-P", "--no-password",
+            program, "-d", address, "-D", target, "-c", "fast", "-X", "stream", "-P",
+            "--no-password",
         ]  # fmt: skip
+        secret = {} if password is None else {"PGPASSWORD": password}
         try:
-            _run_with_progress(command, account, mask_url(url), say)
+            _run_with_progress(command, account, secret, mask_url(url), say)
         except BaseException:
             shutil.rmtree(target, ignore_errors=True)
             raise
@@ -371,6 +376,32 @@ def mask_url(url: str) -> str:
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]*)", r"\1***", url)
 
 
+_PASSWORDS = (
+    re.compile(r"(?<=//)(?P<before>[^:/@?]*):(?P<value>[^@/?]*)(?=@)"),
+    re.compile(r"(?P<before>[?&])password=(?P<value>[^&]*)&?"),
+    re.compile(r"(?P<before>^|\s)password\s*=\s*(?P<word>'(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)"),
+)
+
+
+def split_password(url: str) -> tuple[str, str | None]:
+    """Return a connection string without its password, and that.
+
+    Source: src/interfaces/libpq/fe-connect.c, conninfo_uri_parse and conninfo_parse.
+    """
+    is_uri = url.startswith(("postgresql://", "postgres://"))
+    password = None
+    for pattern in _PASSWORDS[:2] if is_uri else _PASSWORDS[2:]:
+        found = pattern.search(url)
+        if found is None:
+            continue
+        if is_uri:
+            password = unquote(found["value"])
+        else:
+            password = re.sub(r"\\(.)", r"\1", re.sub(r"^'|'$", "", found["word"]))
+        url = url[: found.start()] + found["before"] + url[found.end() :]
+    return url, password
+
+
 def _choose_locale() -> str:
     try:
         current = locale.setlocale(locale.LC_CTYPE)
@@ -413,12 +444,14 @@ def _run(command: list[str | Path], account: Account, what: str) -> None:
         raise PostgresError(f"{what} failed: {said.strip()}", hint="See what it needs above.")
 
 
-def _run_with_progress(command: list[str | Path], account: Account, where: str, say: Say) -> None:
+def _run_with_progress(
+    command: list[str | Path], account: Account, secret: dict[str, str], where: str, say: Say
+) -> None:
     """Run pg_basebackup; its progress goes to ``say``."""
     with subprocess.Popen(
         command,
         cwd="/",
-        env={**account.environment(), "LC_ALL": "C"},
+        env={**account.environment(), "LC_ALL": "C", **secret},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

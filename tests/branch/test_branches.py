@@ -241,3 +241,26 @@ def test_status_and_log(prod: Heads) -> None:
                   "Connection"):  # fmt: skip
         assert f"{label}:" in out
     assert 'name: "a"' in prod.run("branch", "info", "a", "-o", "yaml").stdout
+
+
+def test_a_reset_that_failed_comes_first(prod: Heads) -> None:
+    """A head half-way in a reset may have one state's WAL and another one's layers."""
+    prod.branch("a", "prod")
+    prod.sql("a", "insert into t values (2)")
+    (point,) = prod.layout.points.iterdir()
+    superblock = point / "superblock.json"
+    superblock.rename(point / "away")
+    prod.run("branch", "reset", "a", "--yes", check=False)
+    for command in (
+        ("start", "a"),
+        ("stop", "a"),
+        ("restart", "a"),
+        ("create", "b", "--from", "a"),
+    ):
+        done = prod.run("branch", *command, check=False)
+        assert done.returncode != 0
+        assert "the reset of branch 'a' did not come to its end" in done.stderr
+    (point / "away").rename(superblock)
+    prod.run("branch", "start", "a")
+    assert prod.sql("a", "select string_agg(n::text, ',') from t") == "1"
+    prod.check_cluster("a")

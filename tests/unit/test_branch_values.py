@@ -10,7 +10,7 @@ from pbkfs.branch.durations import parse_duration, parse_ttl
 from pbkfs.branch.errors import InvalidNameError, InvalidRequestError
 from pbkfs.branch.names import check_name, check_tag, make_name
 from pbkfs.branch.settings import read_settings
-from pbkfs.branch.trunks import mask_url
+from pbkfs.branch.trunks import mask_url, split_password
 from pbkfs.errors import UsageError
 
 
@@ -123,3 +123,21 @@ def test_settings_that_are_not_possible(name: str, value: str) -> None:
 )
 def test_urls_are_shown_without_their_password(url: str, masked: str) -> None:
     assert mask_url(url) == masked
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://u:s%40cret@h:5432/db?a=b", ("postgresql://u@h:5432/db?a=b", "s@cret")),
+        ("postgres://u@h/db", ("postgres://u@h/db", None)),
+        ("postgresql://h/db?user=u&password=p%26w&a=b", ("postgresql://h/db?user=u&a=b", "p&w")),
+        ("postgresql://h/db?password=pw", ("postgresql://h/db?", "pw")),
+        ("host=h password = 'it\\'s \\\\ it' user=u", ("host=h  user=u", "it's \\ it")),
+        ("password=p\\ w host=h", (" host=h", "p w")),
+        ("host=h passfile=/x", ("host=h passfile=/x", None)),
+    ],
+)
+def test_passwords_are_kept_from_the_command_line(
+    url: str, expected: tuple[str, str | None]
+) -> None:
+    assert split_password(url) == expected
