@@ -6,6 +6,7 @@ small directory that passes for a PGDATA. No server is involved.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -118,6 +119,15 @@ def snapshot(root: Path) -> dict[str, tuple[int, int, bytes]]:
         content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
         found[str(path.relative_to(root))] = (status.st_mode, status.st_mtime_ns, content)
     return found
+
+
+def fill(path: Path) -> None:
+    """Take what a file system has left."""
+    with path.open("wb", buffering=0) as file:
+        for size in (65536, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
 
 
 def mine(at: Place) -> list[dict[str, object]]:

@@ -8,7 +8,6 @@ the ``say`` of a call. Any thread.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 
 import pbkfs
@@ -25,9 +24,7 @@ from pbkfs.branch.settings import Settings
 from pbkfs.branch.store import Store
 from pbkfs.branch.trunks import Trunks
 from pbkfs.branch.views import HeadView, Overview
-from pbkfs.errors import PbkfsError, UnsupportedError
-
-logger = logging.getLogger(__name__)
+from pbkfs.errors import UnsupportedError
 
 
 class Service:
@@ -58,19 +55,6 @@ class Service:
         """Finish or undo what a crash left, and remove what has expired; returns what was done."""
         done = self._reconciler.run()
         return done + [f"branch {name}: expired" for name in reap(self.store, self.branches)]
-
-    def restore(self) -> list[str]:
-        """Start what is meant to run and does not, as after a reboot; returns the names."""
-        started = []
-        for head in self.store.heads():
-            if not head.is_wanted or head.status not in ("stopped", "error"):
-                continue
-            try:
-                (self.trunks if head.kind == "trunk" else self.branches).start(head.name)
-                started.append(head.name)
-            except PbkfsError as error:
-                logger.error("%s %s was not started: %s", head.kind, head.name, error.message)
-        return started
 
     def tree(self) -> list[HeadView]:
         """Return trunks and branches, oldest first."""

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 from pbkfs.branch.durations import parse_ttl
 from pbkfs.branch.names import check_name, check_tag
 from pbkfs.errors import UnsupportedError
-from pbkfs.server.control import Control
+from pbkfs.server.heads import destroy, read_log, run
 from pbkfs.server.models import (
     Branch,
     BranchChange,
@@ -21,7 +21,6 @@ from pbkfs.server.models import (
     State,
     branch_of,
     credentials_of,
-    log_of,
 )
 from pbkfs.server.parameters import (
     CHANGING,
@@ -30,7 +29,6 @@ from pbkfs.server.parameters import (
     WaitIfAsked,
     WaitUnlessAsked,
 )
-from pbkfs.server.removal import destroy
 
 router = APIRouter(prefix="/branches", tags=["branches"])
 
@@ -139,11 +137,7 @@ async def get_branch_log(
     lines: Annotated[int, Query(ge=0, le=10_000, description="Of the server's log.")] = 100,
 ) -> HeadLog:
     """Show what happened to a branch, and the end of its server's log."""
-
-    def look() -> HeadLog:
-        return log_of(control.service.branches.log(name, "branch", n_lines=lines))
-
-    return await control.read(look)
+    return await read_log(control, name, "branch", lines)
 
 
 _STARTING: dict[int | str, dict[str, Any]] = {**CHANGING, 202: {"model": Branch}}
@@ -154,7 +148,7 @@ async def start_branch(
     control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
 ) -> Branch:
     """Start a branch that is stopped or in error; one that runs is left as it is."""
-    return await _do(control, "start", name, wait, response)
+    return branch_of(await run(control, "start", name, "branch", wait, response))
 
 
 @router.post("/{name}/stop", responses=_STARTING)
@@ -162,7 +156,7 @@ async def stop_branch(
     control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
 ) -> Branch:
     """Stop a branch; its data stays, its port is free for others."""
-    return await _do(control, "stop", name, wait, response)
+    return branch_of(await run(control, "stop", name, "branch", wait, response))
 
 
 @router.post("/{name}/restart", responses=_STARTING)
@@ -170,7 +164,7 @@ async def restart_branch(
     control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
 ) -> Branch:
     """Stop a branch and start it again."""
-    return await _do(control, "restart", name, wait, response)
+    return branch_of(await run(control, "restart", name, "branch", wait, response))
 
 
 @router.post("/{name}/reset", responses=_STARTING)
@@ -178,13 +172,4 @@ async def reset_branch(
     control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
 ) -> Branch:
     """Take a branch back to where it began; name, port and password stay."""
-    return await _do(control, "reset", name, wait, response)
-
-
-async def _do(
-    control: Control, operation: str, name: str, wait_s: float, response: Response
-) -> Branch:
-    await control.show(name, "branch")
-    is_done = await control.begin(operation, {"name": name, "kind": "branch"}).wait(wait_s)
-    response.status_code = 200 if is_done else 202
-    return branch_of(await control.show(name, "branch"))
+    return branch_of(await run(control, "reset", name, "branch", wait, response))

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 
 from pbkfs.branch.errors import InvalidRequestError
 from pbkfs.branch.names import check_name
-from pbkfs.server.control import Control
+from pbkfs.server.heads import destroy, read_log, run
 from pbkfs.server.models import (
     Credentials,
     Destroyed,
@@ -20,7 +20,6 @@ from pbkfs.server.models import (
     TrunkList,
     TrunkStart,
     credentials_of,
-    log_of,
     trunk_of,
 )
 from pbkfs.server.parameters import (
@@ -31,7 +30,6 @@ from pbkfs.server.parameters import (
     WaitUnlessAsked,
 )
 from pbkfs.server.problems import NotImplementedHereError
-from pbkfs.server.removal import destroy
 
 router = APIRouter(prefix="/trunks", tags=["trunks"])
 
@@ -107,11 +105,7 @@ async def get_trunk_log(
     lines: Annotated[int, Query(ge=0, le=10_000, description="Of the server's log.")] = 100,
 ) -> HeadLog:
     """Show what happened to a trunk, and the end of its server's log."""
-
-    def look() -> HeadLog:
-        return log_of(control.service.branches.log(name, "trunk", n_lines=lines))
-
-    return await control.read(look)
+    return await read_log(control, name, "trunk", lines)
 
 
 _STARTING: dict[int | str, dict[str, Any]] = {**CHANGING, 202: {"model": Trunk}}
@@ -127,7 +121,7 @@ async def start_trunk(
 ) -> Trunk:
     """Start a trunk; one that runs is left as it is."""
     given = {"port": body.port} if body else {}
-    return await _do(control, "start", name, given, wait, response)
+    return trunk_of(await run(control, "start", name, "trunk", wait, response, **given))
 
 
 @router.post("/{name}/stop", responses=_STARTING)
@@ -135,7 +129,7 @@ async def stop_trunk(
     control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
 ) -> Trunk:
     """Stop a trunk; its branches go on."""
-    return await _do(control, "stop", name, {}, wait, response)
+    return trunk_of(await run(control, "stop", name, "trunk", wait, response))
 
 
 @router.post("/{name}/restart", responses=_STARTING)
@@ -143,7 +137,7 @@ async def restart_trunk(
     control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
 ) -> Trunk:
     """Stop a trunk and start it again."""
-    return await _do(control, "restart", name, {}, wait, response)
+    return trunk_of(await run(control, "restart", name, "trunk", wait, response))
 
 
 @router.post("/{name}/refresh", responses=_STARTING)
@@ -156,22 +150,7 @@ async def refresh_trunk(
 ) -> Trunk:
     """Put a trunk on a newer backup; its branches stay on what they were made from."""
     given = body.model_dump() if body else {}
-    return await _do(control, "refresh", name, given, wait, response)
-
-
-async def _do(
-    control: Control,
-    operation: str,
-    name: str,
-    given: dict[str, Any],
-    wait_s: float,
-    response: Response,
-) -> Trunk:
-    await control.show(name, "trunk")
-    arguments = {"name": name, "kind": "trunk", **given}
-    is_done = await control.begin(operation, arguments).wait(wait_s)
-    response.status_code = 200 if is_done else 202
-    return trunk_of(await control.show(name, "trunk"))
+    return trunk_of(await run(control, "refresh", name, "trunk", wait, response, **given))
 
 
 @router.api_route(

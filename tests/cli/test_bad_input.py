@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fix_mounts import run_pbkfs
-from fix_place import Place, snapshot
+from fix_place import Place, fill, snapshot
 from machine import ROOT, own_mounts
 
 from pbkfs import errors
@@ -239,15 +238,6 @@ def rename_for_ever(path: Path) -> None:
     """Change a name again and again."""
     for n in itertools.count():
         path = path.rename(path.with_name(f"v{n}"))
-
-
-def fill(path: Path) -> None:
-    """Take what a file system has left."""
-    with path.open("wb", buffering=0) as file:
-        for size in (65536, 4096):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * size)
 
 
 @pytest.fixture

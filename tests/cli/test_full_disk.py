@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fix_mounts import run_pbkfs
-from fix_place import Place, mine
+from fix_place import Place, fill, mine
+from fix_postgres import wait_until
 
 MIB = 1 << 20
 
@@ -35,13 +34,6 @@ def small(at: Place) -> Iterator[Callable[[int], None]]:
     finally:
         at.close()
         subprocess.run(["umount", at.diff], check=True)
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 _WRITE = """
@@ -81,15 +73,6 @@ def add_relation(base: Path, n_mib: int) -> tuple[Path, bytes]:
     return path, content
 
 
-def fill(path: Path) -> None:
-    """Take all the space that there is."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    with contextlib.suppress(OSError):
-        while True:
-            os.write(fd, bytes(4096))
-    os.close(fd)
-
-
 def is_full(at: Place) -> bool:
     return bool(mine(at)[0]["state"] == "full")
 
@@ -101,7 +84,7 @@ def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[in
     relation = at.mnt / "base" / "1" / "16384"
     new = random.Random(2).randbytes(len(old))
     writer = Writer(relation, new)
-    wait_for(lambda: is_full(at), "the disk should be full")
+    wait_until(lambda: is_full(at))
     assert "disk is full" in run_pbkfs("stat", "-D", at.mnt).stdout
     # Everything else goes on: what is there is read, and a change that needs no space is made.
     assert (at.mnt / "PG_VERSION").read_text() == "15\n"
@@ -130,7 +113,7 @@ def test_a_copy_up_waits_for_space(at: Place, base: Path) -> None:
     filler = at.diff / "filler"
     fill(filler)
     writer = Writer(at.mnt / "small", b"new")
-    wait_for(lambda: is_full(at), "the disk should be full")
+    wait_until(lambda: is_full(at))
     filler.unlink()
     assert writer.error() == 0
     assert (at.mnt / "small").read_bytes() == b"new" + b"s" * (MIB - 3)
@@ -194,7 +177,7 @@ def test_force_gives_up_what_waits(at: Place, base: Path) -> None:
     add_relation(base, 40)
     at.mount("--base", base)
     writer = Writer(at.mnt / "base" / "1" / "16384", bytes(40 * MIB))
-    wait_for(lambda: is_full(at), "the disk should be full")
+    wait_until(lambda: is_full(at))
     run_pbkfs("unmount", "-D", at.mnt, "--force")
     assert writer.error() != 0
 
