@@ -165,7 +165,12 @@ class Control:
             raise NameConflictError(f"{name!r} is being created already, and not like this")
         is_done = await operation.wait(wait_s, at_least_begun=True)
         notes = operation.result if is_done and isinstance(operation.result, list) else []
-        return await self.show(name, kind), notes
+        try:
+            return await self.show(name, kind), notes
+        except UnknownHeadError:
+            # It failed and is gone since; if somebody destroyed it, that is what is said.
+            await operation.wait(float("inf"))
+            raise
 
     def _begin_creation(self, kind: Kind, arguments: Arguments, *, is_watched: bool) -> Operation:
         name = arguments["name"]

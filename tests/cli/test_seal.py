@@ -22,6 +22,7 @@ from machine import TESTS
 
 from pbkfs.errors import BusyError, DiffError, NotRunningError
 from pbkfs.mount import control
+from pbkfs.mount.owner import command_name
 from pbkfs.mount.sealing import Child, SealReport, seal
 from pbkfs.mount.standstill import Standstill, find_processes
 from pbkfs.overlay.diff import live_path
@@ -295,8 +296,11 @@ def servers(at: Place, place: Path) -> Iterator[Callable[[], subprocess.Popen[by
     at.mount()
 
     def start() -> subprocess.Popen[bytes]:
-        made.append(subprocess.Popen([program, "600"], cwd=at.mnt))
-        return made[-1]
+        process = subprocess.Popen([program, "600"], cwd=at.mnt)
+        made.append(process)
+        # Popen returns before the kernel has given the process its new name.
+        wait_until(lambda: command_name(process.pid) == "postgres" and state(process) == "S")
+        return process
 
     yield start
     for process in made:

@@ -179,7 +179,10 @@ def test_trunk_that_is_refused(served: Daemon, tmp_path: Path) -> None:
 
 def test_failed_creation_says_why(served: Daemon, tmp_path: Path) -> None:
     missing = {"name": "x", "directory": str(tmp_path / "none"), "port": free_port()}
-    assert served.post("trunks", missing).status == 201
+    assert str(tmp_path) in served.post("trunks?wait=30s", missing).problem(404, "not_found")
+    answer = served.post("trunks", missing)
+    if answer.status != 201:  # it had failed by then
+        assert str(tmp_path) in answer.problem(404, "not_found")
     served.wait_for("x", "gone", "trunks")
 
     def says_why() -> bool:
