@@ -2,7 +2,7 @@
 
 The truth is what the real tool's restore gave (the manifests), and where that restore is known to
 be wrong, the correct content. The work on the mount is short here; ``PBKFS_TEST_LONG=1`` runs
-pgbench for 20 s on each.
+pgbench for 20 s on each, with the store on a read-only mount.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from machine import catalogs_directory, postgres_bindir, postgres_majors
 from servers import MountedServer
 from sql_truth import differences, read_truth
 
-TPCB_SECONDS = 20 if os.environ.get("PBKFS_TEST_LONG") else 2
+IS_LONG = bool(os.environ.get("PBKFS_TEST_LONG"))
+TPCB_SECONDS = 20 if IS_LONG else 2
 # Clusters of this catalog need a server that was built with 256 kB segments.
 SPECIAL_BUILDS = {"i_small_segments_pg17"}
 
@@ -199,16 +200,41 @@ def _work(server: MountedServer, tablespace: Path) -> None:
     server.sql(*filter(str.strip, script.split(";")))
 
 
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], Path]]:
+    """Bind-mounts a directory read-only beside itself."""
+    bound: list[Path] = []
+
+    def bind(path: Path) -> Path:
+        target = path.with_name(path.name + "-read-only")
+        target.mkdir(exist_ok=True)
+        subprocess.run(["mount", "--bind", path, target], check=True)
+        bound.append(target)
+        subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
+        return target
+
+    yield bind
+    for target in bound:
+        subprocess.run(["umount", target], check=True)
+        target.rmdir()
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("catalog", "backup_id"), MOUNTABLE)
 def test_mounted_backup_is_the_cluster(
-    catalog: str, backup_id: str, mounts: Mounts, catalog_store: Any
+    catalog: str,
+    backup_id: str,
+    mounts: Mounts,
+    catalog_store: Any,
+    read_only: Callable[[Path], Path],
 ) -> None:
     manifest = MANIFESTS[catalog]
     backup = manifest["backups"][backup_id]
     restore = _first_good(backup)
     assert restore is not None
     store: Path = catalog_store(catalog)
+    if IS_LONG:
+        store = read_only(store)
     before = fingerprint(store)
 
     mount = mounts.mount("-B", store, "--instance", manifest["instance"], "-i", backup_id)
@@ -240,24 +266,6 @@ def test_mounted_backup_is_the_cluster(
     mount.unmount()
     assert mount.unexpected_log_lines() == []
     assert fingerprint(store) == before
-
-
-@pytest.fixture
-def read_only() -> Iterator[Callable[[Path], Path]]:
-    """Bind-mounts a directory read-only beside itself."""
-    bound: list[Path] = []
-
-    def bind(path: Path) -> Path:
-        target = path.with_name(path.name + "-read-only")
-        target.mkdir()
-        subprocess.run(["mount", "--bind", path, target], check=True)
-        bound.append(target)
-        subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
-        return target
-
-    yield bind
-    for target in bound:
-        subprocess.run(["umount", target], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="bind mounts need root")
