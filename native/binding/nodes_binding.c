@@ -825,6 +825,15 @@ static PyObject *nodes_heat(struct nodes_object *self, PyObject *Py_UNUSED(unuse
 
 /* ---- all of them ---- */
 
+static PyObject *nodes_set_reserve(struct nodes_object *self, PyObject *arg)
+{
+    unsigned long long bytes = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred() || !is_open(self))
+        return NULL;
+    pbk_nodes_set_reserve(self->nodes, bytes);
+    Py_RETURN_NONE;
+}
+
 static PyObject *nodes_drop_indexes(struct nodes_object *self, PyObject *Py_UNUSED(unused))
 {
     size_t bytes;
@@ -1019,6 +1028,7 @@ static PyMethodDef methods[] = {
      "Record what was hydrated; whether nothing comes from below any more."},
     {"count_blocks", (PyCFunction)nodes_count_blocks, METH_O, "(blocks, in the object, changed, whether it is whole)."},
     {"heat", (PyCFunction)nodes_heat, METH_NOARGS, "Inode -> reads and changes since it was registered."},
+    {"set_reserve", (PyCFunction)nodes_set_reserve, METH_O, "How much free space fallocate has to leave."},
     {"drop_indexes", (PyCFunction)nodes_drop_indexes, METH_NOARGS, "Drop all loaded page indexes; bytes freed."},
     {"gate_close", (PyCFunction)nodes_gate_close, METH_NOARGS, "Hold all changes; returns when none is under way."},
     {"gate_open", (PyCFunction)nodes_gate_open, METH_NOARGS, "Let changes pass again."},

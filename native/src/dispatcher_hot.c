@@ -63,12 +63,16 @@ static bool hold(struct pbk_worker *worker, const struct fuse_in_header *header,
     struct pbk_dispatcher *d = worker->dispatcher;
     if ((error != -ENOSPC && error != -EDQUOT) || !(in->write_flags & FUSE_WRITE_CACHE) || d->hold_s == 0)
         return false;
+    bool is_own = worker->job != NULL;
     struct pbk_job *job = take_job(worker, header, body, length);
     if (!job)
         return false;
     if (pbk_pool_hold(d, job))
         return true;
-    worker->job = job; /* only one that was held before is refused, so it was this worker's */
+    if (is_own)
+        worker->job = job;
+    else
+        free(job);
     return false;
 }
 

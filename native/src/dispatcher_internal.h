@@ -36,7 +36,7 @@ struct pbk_job {
     struct pbk_job *next;
     int error;             /* of the copy-up: 0 or -errno */
     unsigned n_parked;     /* how often it has waited for a copy-up */
-    uint64_t held_since_s; /* when it first found no space, CLOCK_MONOTONIC; 0: never */
+    bool was_held;         /* it found no space once */
     size_t length;
     struct fuse_in_header header;
     unsigned char body[];
@@ -96,7 +96,9 @@ struct pbk_pool {
     struct pbk_job *fsync_head, **fsync_tail;
     struct pbk_job *retry_head, **retry_tail;
     struct pbk_job *held_head, **held_tail;
-    uint64_t held_retry_ns;    /* CLOCK_MONOTONIC; when the first of them is to be tried again */
+    uint64_t full_since_ns;    /* CLOCK_MONOTONIC, as the next two; since when there has been no space */
+    uint64_t full_seen_ns;     /* when there was none for the last time */
+    uint64_t held_retry_ns;    /* when the first of them is to be tried again */
     bool is_trying_held;       /* a thread does so */
     unsigned n_fsyncs_running; /* at most n_fsync, so that a thread is left for retries */
     bool is_closed;

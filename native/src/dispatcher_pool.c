@@ -12,6 +12,8 @@
 
 #define HELD_RETRY_NS UINT64_C(250000000)
 #define NS_PER_S UINT64_C(1000000000)
+/* Tried four times a second, a page that finds no space says that there still is none. */
+#define FULL_ENDS_NS (2 * NS_PER_S)
 
 static uint64_t now_ns(void)
 {
@@ -28,7 +30,7 @@ struct pbk_job *pbk_job_new(const struct fuse_in_header *header, const unsigned 
     job->next = NULL;
     job->error = 0;
     job->n_parked = 0;
-    job->held_since_s = 0;
+    job->was_held = false;
     job->length = length;
     job->header = *header;
     if (length)
@@ -63,18 +65,31 @@ void pbk_pool_push_retry(struct pbk_dispatcher *d, struct pbk_job *job)
     push(&d->pool, &d->pool.retry_tail, &d->pool.n_retry_queued, job);
 }
 
+/*
+ * Pool locked. Whether the time to wait is over, which counts from when the disk was full: with few dirty pages allowed, the
+ * pages of one writer come one after the other, and each of them would wait as long again.
+ */
+static bool has_waited(struct pbk_pool *pool, int hold_s, uint64_t now)
+{
+    if (now > pool->full_seen_ns + FULL_ENDS_NS)
+        pool->full_since_ns = now;
+    pool->full_seen_ns = now;
+    return hold_s > 0 && now >= pool->full_since_ns + (uint64_t)hold_s * NS_PER_S;
+}
+
 bool pbk_pool_hold(struct pbk_dispatcher *d, struct pbk_job *job)
 {
     struct pbk_pool *pool = &d->pool;
     uint64_t now = now_ns();
-    bool is_new = job->held_since_s == 0;
+    bool is_new = !job->was_held;
     bool is_first = false;
-    if (is_new)
-        job->held_since_s = now / NS_PER_S + 1;
-    else if (d->hold_s > 0 && now / NS_PER_S >= job->held_since_s + (uint64_t)d->hold_s)
-        return false;
 
     pthread_mutex_lock(&pool->lock);
+    if (has_waited(pool, d->hold_s, now)) {
+        pthread_mutex_unlock(&pool->lock);
+        return false;
+    }
+    job->was_held = true;
     bool is_closed = pool->is_closed;
     if (is_closed) {
         free(job);
@@ -155,7 +170,7 @@ static void run_retry(struct pbk_worker *worker, struct pbk_job *job)
         pbk_reply(d, job->header.unique, -EIO, NULL, 0);
     if (!worker->job)
         return; /* it waits again */
-    bool was_held = job->held_since_s != 0;
+    bool was_held = worker->job->was_held;
     free(worker->job);
     worker->job = NULL;
     if (was_held && atomic_fetch_sub_explicit(&d->pool.n_held, 1, memory_order_relaxed) == 1)

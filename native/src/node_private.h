@@ -44,6 +44,7 @@ struct pbk_nodes {
     struct pbk_names names;
     struct pbk_directories directories;
     struct pbk_counters counters;
+    atomic_uint_fast64_t reserve_bytes; /* free space that only what is in the kernel's cache may take */
     pthread_mutex_t stripes[PBK_N_STRIPES];
     pthread_rwlock_t table_lock; /* guards what follows */
     struct pbk_node **buckets;

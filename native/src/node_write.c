@@ -12,6 +12,7 @@
 #include <linux/falloc.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 
 #include "node_private.h"
 #include "pbk/io.h"
@@ -417,11 +418,30 @@ static int zero_mapped(struct pbk_node *node, struct pbk_ctx *ctx, int fd, uint6
     return err;
 }
 
+/* Whoever asks before it takes space can still be refused: the reserve is for what the kernel took without asking. */
+static int spare_reserve(struct pbk_node *node, int fd, uint64_t len)
+{
+    uint64_t reserve = atomic_load_explicit(&node->nodes->reserve_bytes, memory_order_relaxed);
+    struct statvfs found;
+    if (reserve == 0 || len == 0)
+        return 0;
+    if (fstatvfs(fd, &found) != 0)
+        return -errno;
+    uint64_t available = (uint64_t)found.f_bavail * found.f_frsize;
+    if (found.f_blocks == 0)
+        return 0; /* a file system that does not say */
+    return available < reserve || available - reserve < len ? -ENOSPC : 0;
+}
+
 static int allocate(struct pbk_node *node, int fd, int mode, uint64_t off, uint64_t len)
 {
     uint64_t size = atomic_load(&node->size);
     bool grows = !(mode & FALLOC_FL_KEEP_SIZE) && off + len > size;
-    int err = grows ? node_settle(node) : 0;
+    /* What lies inside of the file may be allocated already. */
+    uint64_t behind = off > size ? off : size;
+    int err = off + len > behind ? spare_reserve(node, fd, off + len - behind) : 0;
+    if (err == 0 && grows)
+        err = node_settle(node);
     pbk_step("object:allocate");
     if (err == 0)
         err = pbk_fallocate(fd, mode, off, len);

@@ -470,6 +470,11 @@ void pbk_nodes_visit_heat(struct pbk_nodes *nodes, void (*visit)(void *arg, uint
     pthread_rwlock_unlock(&nodes->table_lock);
 }
 
+void pbk_nodes_set_reserve(struct pbk_nodes *nodes, uint64_t bytes)
+{
+    atomic_store_explicit(&nodes->reserve_bytes, bytes, memory_order_relaxed);
+}
+
 size_t pbk_nodes_drop_indexes(struct pbk_nodes *nodes)
 {
     return pbk_index_drop_all(&nodes->indexes);

@@ -68,7 +68,7 @@ def _show(path: Path, output: str, *, is_reset: bool, every_s: float | None) -> 
 
 def format_statistics(found: dict[str, Any]) -> str:
     """Return the answer as text for people."""
-    changed, disk = found["changed"], found["disk"]
+    changed, disk, space = found["changed"], found["disk"], found["space"]
     fields = {
         "mount point": found["mountpoint"],
         "base": found["base"],
@@ -79,6 +79,10 @@ def format_statistics(found: dict[str, Any]) -> str:
         "disk": f"{format_bytes(disk['total_bytes'])}: "
         f"objects {format_bytes(disk['objects_bytes'])}, "
         f"journal {format_bytes(disk['journal_bytes'])}, WAL {format_bytes(disk['wal_bytes'])}",
+        "space": f"{format_bytes(space['free_bytes'])} free, "
+        f"{format_bytes(space['reserve_bytes'])} in reserve for at most "
+        f"{format_bytes(space['dirty_bytes'])} of dirty pages"
+        + ("" if space["is_bounded"] else " (the kernel's default)"),
         "hydration": describe_hydration(found["hydration"]),
     }
     if n_waiting := found["fuse"].get("waiting_for_space"):

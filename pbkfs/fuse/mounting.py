@@ -7,10 +7,8 @@ dirty pages back, so the worker itself must not do it on the thread that serves 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import logging
 import os
 import re
 import shutil
@@ -19,8 +17,6 @@ import subprocess
 from pathlib import Path
 
 from pbkfs.errors import BusyError, HostError, NotRunningError
-
-logger = logging.getLogger(__name__)
 
 DEVICE = "/dev/fuse"
 HELPER = "fusermount3"
@@ -228,33 +224,7 @@ def _call(name: str, *args: object) -> int:
     return ctypes.get_errno() if function(*args) != 0 else 0
 
 
-# --- the kernel's write-back and read-ahead -------------------------------------------------------
-
-
-def tune(mountpoint: Path, settings: dict[str, str]) -> dict[str, str]:
-    """Set what /sys/class/bdi allows for the mount; returns what was set.
-
-    Only root may; without it the kernel's defaults stay, which cost speed and nothing else. Does
-    not touch the mount, which need not answer yet.
-    """
-    device = find_device(mountpoint)
-    done: dict[str, str] = {}
-    if device is None:
-        return done
-    for name, value in settings.items():
-        path = f"/sys/class/bdi/{device}/{name}"
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        except OSError:
-            continue  # not root, no sysfs, or an older kernel
-        with contextlib.closing(os.fdopen(fd, "wb", buffering=0)) as file:
-            try:
-                file.write(value.encode())
-            except OSError as error:
-                logger.info("cannot set %s: %s", path, error.strerror)
-            else:
-                done[name] = value
-    return done
+# --- the kernel's list of mounts ------------------------------------------------------------------
 
 
 def find_device(mountpoint: Path) -> str | None:

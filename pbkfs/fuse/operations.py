@@ -231,12 +231,14 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def statfs(self, _ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         found = self._tree.statfs()
+        # What the kernel may take without asking is not free for anybody else.
+        reserve = -(-self._tree.reserve_bytes // found.f_frsize)
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = found.f_bsize
         answer.f_frsize = found.f_frsize
         answer.f_blocks = found.f_blocks
-        answer.f_bfree = found.f_bfree
-        answer.f_bavail = found.f_bavail
+        answer.f_bfree = max(found.f_bfree - reserve, 0)
+        answer.f_bavail = max(found.f_bavail - reserve, 0)
         answer.f_files = found.f_files
         answer.f_ffree = found.f_ffree
         answer.f_favail = found.f_favail

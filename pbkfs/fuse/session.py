@@ -19,8 +19,9 @@ import trio
 
 from pbkfs._native import Dispatcher
 from pbkfs.errors import HostError
-from pbkfs.fuse import mounting
+from pbkfs.fuse import mounting, writeback
 from pbkfs.fuse.operations import Operations
+from pbkfs.fuse.writeback import Writeback
 
 if TYPE_CHECKING:
     from pbkfs.overlay.tree import Tree
@@ -30,12 +31,6 @@ logger = logging.getLogger(__name__)
 # Tasks of pyfuse3: as many as there may be requests that wait in a thread (fsync of directories).
 _MIN_TASKS = 2
 _MAX_TASKS = 64
-
-# By default a FUSE mount may have 1 % of the dirty pages, strictly (fuse_bdi_init()). 512 MiB in
-# pieces of 64 KiB, seconds until written / also synced, best of 4 beside other load: ext4
-# 0.19 / 0.36, default 1.06 / 1.38, strict 20 % 0.49 / 1.06, strict 100 % 0.30 / 0.95, not strict
-# 100 % 0.25 / 0.97.
-_BDI_SETTINGS = {"read_ahead_kb": "1024", "strict_limit": "0", "max_ratio": "100"}
 
 
 class Session:
@@ -61,7 +56,9 @@ class Session:
         self._subtype = subtype
         self._full_wait_s = full_wait_s
         self._fuse_fd = self._log_fd = self._native_log_fd = -1
+        self._device: str | None = None
         self._dispatcher: Dispatcher | None = None
+        self.writeback = Writeback(0, is_set=False, reserve_bytes=0)
         self._is_serving = False
         self._has_answered = False
         self._closed = trio.Event()
@@ -78,8 +75,10 @@ class Session:
             allow_other=self._allow_other,
         )
         try:
-            done = mounting.tune(self._mountpoint, _BDI_SETTINGS)
-            logger.debug("write-back and read-ahead of %s: %s", self._mountpoint, done or "default")
+            self._device = mounting.find_device(self._mountpoint)
+            writeback.read_ahead(self._device)
+            self.bound_dirty()
+            logger.debug("write-back of %s: %s", self._mountpoint, self.writeback)
             self._log_fd, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             self._native_log_fd = log_fd
             self._dispatcher = Dispatcher(
@@ -90,6 +89,15 @@ class Session:
                 mounting.detach(self._mountpoint)
             self._close_descriptors()
             raise
+
+    def bound_dirty(self) -> None:
+        """Bound what the kernel may hold back, and keep as much space. To be repeated: see there.
+
+        Raises OSError where the diff can't be asked for its size.
+        """
+        found = self._tree.statfs()
+        self.writeback = writeback.bound(self._device, found.f_blocks * found.f_frsize)
+        self._tree.reserve_bytes = self.writeback.reserve_bytes
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until the mount is gone, ``close`` is called or the task is cancelled.

@@ -215,6 +215,7 @@ class Hydrator:
         """Raise OSError ENOSPC before nothing is left for those who work on the mount."""
         found = self._tree.statfs()
         reserve = min(_RESERVE_BYTES, found.f_blocks * found.f_frsize // 50)
+        reserve += self._tree.reserve_bytes
         if found.f_bavail * found.f_frsize < reserve + _MAX_PIECE_BYTES:
             raise OSError(errno.ENOSPC, f"less than {format_bytes(reserve)} would be left")
 

@@ -52,6 +52,10 @@ class Statistics:
     changed: dict[str, int]
     """What the diff's objects hold: ``files``, allocated ``bytes``, and those in ``pages``."""
     disk: dict[str, int]
+    space: dict[str, int | bool]
+    """``free_bytes`` as the mount's statfs says, ``reserve_bytes`` that it leaves out, and
+    ``dirty_bytes`` that the kernel may hold back at most: set by us if ``is_bounded``, else its
+    default."""
     overlay: dict[str, int]
     """Counters of tree and nodes; ``blocks_copied`` were merged with their version below."""
     hydration: dict[str, int | str | None]
@@ -88,10 +92,21 @@ async def collect(worker: Worker) -> Statistics:
             "other_bytes": disk.other_bytes,
             "total_bytes": disk.total_bytes,
         },
+        space=_measure_space(worker),
         overlay={**opened.tree.counters(), **opened.tree.nodes.counters()},
         hydration=worker.hydrator.fields(),
         fuse=_summarize(worker.session_counters()),
     )
+
+
+def _measure_space(worker: Worker) -> dict[str, int | bool]:
+    found, writeback = worker.opened.tree.statfs(), worker.writeback()
+    return {
+        "free_bytes": max(found.f_bavail * found.f_frsize - writeback.reserve_bytes, 0),
+        "reserve_bytes": writeback.reserve_bytes,
+        "dirty_bytes": writeback.dirty_bytes,
+        "is_bounded": writeback.is_set,
+    }
 
 
 def _summarize(counters: dict[str, int]) -> dict[str, int]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import trio
 
     from pbkfs.fuse.session import Session
+    from pbkfs.fuse.writeback import Writeback
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ class Worker:
                     await nursery.start(session.serve)
                     nursery.start_soon(_guarded, control.serve, server, self._handlers())
                     nursery.start_soon(_guarded, self._pump_log)
-                    nursery.start_soon(_guarded, self._keep_synced)
+                    nursery.start_soon(_guarded, self._keep_synced, session)
                     nursery.start_soon(_guarded, self.hydrator.serve)
                     nursery.start_soon(_guarded, self._obey_signals, signals)
                     process.write_pid_file(opened.request.pid_file)
@@ -276,8 +277,8 @@ class Worker:
                 for line in lines:
                     native_logger.error("%s", line.decode(errors="backslashreplace"))
 
-    async def _keep_synced(self) -> None:
-        """Every few seconds make names durable and forget what nobody uses."""
+    async def _keep_synced(self, session: Session) -> None:
+        """Every few seconds make names durable, forget what nobody uses, bound what is dirty."""
         import trio
 
         tree = self.opened.tree
@@ -285,6 +286,7 @@ class Worker:
             await trio.sleep(_SYNC_EVERY_S)
             try:
                 tree.reap()
+                session.bound_dirty()
                 await trio.to_thread.run_sync(tree.sync)
             except OSError as error:
                 logger.error("periodic sync of diff %s failed: %s", self.opened.diff_path, error)
@@ -393,6 +395,11 @@ class Worker:
             return await Sealer(
                 opened.tree, opened.diff_path, opened.place.path, self.hydrator
             ).seal(request)
+
+    def writeback(self) -> Writeback:
+        """Return what the kernel may hold back, and what is kept for it."""
+        assert self._session is not None
+        return self._session.writeback
 
     def session_counters(self) -> dict[str, int]:
         """Return the counters of the kernel's side."""

@@ -76,6 +76,7 @@ class Tree:
             for layer, found in zip(self._stack.layers[:-1], named[:-1], strict=True):
                 layer.check_objects(found)
             diff.live.start(named[-1], owner)
+            self._reserve_bytes = 0
             self._contents = Contents(
                 self._stack, self._namespace, log_fd=log_fd, index_bytes=index_bytes
             )
@@ -382,8 +383,18 @@ class Tree:
         """Return when the entries of a directory are durable; all others are then too."""
         self.sync()
 
+    @property
+    def reserve_bytes(self) -> int:
+        """Free space that is kept for what the kernel has taken for written without asking."""
+        return self._reserve_bytes
+
+    @reserve_bytes.setter
+    def reserve_bytes(self, n_bytes: int) -> None:
+        self._reserve_bytes = n_bytes
+        self.nodes.set_reserve(n_bytes)
+
     def statfs(self) -> os.statvfs_result:
-        """Return what statvfs(2) says of the file system that the diff is on."""
+        """Return what statvfs(2) says of the file system that the diff is on, reserve and all."""
         return os.fstatvfs(self._stack.live.objects.fd)
 
     def wal_out(self) -> None:

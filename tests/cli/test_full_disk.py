@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import subprocess
@@ -164,6 +165,62 @@ def test_waiting_ends_in_an_error(
         for at, to in ((n, n + 8192) for n in range(0, len(old), 8192))
     }
     assert pages == {"old", "new"}
+
+
+@pytest.mark.usefixtures("small")
+def test_the_kernel_holds_back_only_so_much(at: Place, base: Path) -> None:
+    """Without a bound 40 MiB were taken at once, and nobody would know that there is no room."""
+    at.expected += ["no space left", "waits for space any more", "forced"]
+    at.mount("--base", base)
+    write = (
+        "import os, sys; os.write(1, b'%d' % os.write(os.open(sys.argv[1], 66), bytes(40 << 20)))"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", write, at.mnt / "new"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: is_full(at), 30)
+        assert writer.stdout is not None
+        os.set_blocking(writer.stdout.fileno(), False)
+        assert writer.stdout.read() is None
+    finally:
+        writer.kill()
+        run_pbkfs("unmount", "-D", at.mnt, "--force")
+        writer.communicate(timeout=30)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_dirty_has_room_in_reserve(at: Place, base: Path) -> None:
+    at.mount("--base", base)
+    space = json.loads(run_pbkfs("stat", "-D", at.mnt, "-o", "json").stdout)["space"]
+    assert space["is_bounded"]
+    assert MIB // 2 < space["dirty_bytes"] <= space["reserve_bytes"] <= 2 * MIB
+    assert "in reserve for at most" in run_pbkfs("stat", "-D", at.mnt).stdout
+    filler = at.diff / "filler"
+    fill(filler)
+    os.truncate(filler, filler.stat().st_size - space["reserve_bytes"] // 4 * 3)
+
+    there, here = os.statvfs(at.diff), os.statvfs(at.mnt)
+    assert there.f_bavail > 0
+    assert here.f_bavail == here.f_bfree == 0
+    with open(at.mnt / "new", "xb") as file:
+        with pytest.raises(OSError, match="No space left") as caught:
+            os.posix_fallocate(file.fileno(), 0, MIB // 4)
+        assert caught.value.errno == errno.ENOSPC
+        file.write(b"n" * (MIB // 4))
+        file.flush()
+        os.fsync(file.fileno())
+        # Room that the file has already is no question.
+        os.posix_fallocate(file.fileno(), 0, MIB // 4)
+
+    filler.unlink()
+    here, there = os.statvfs(at.mnt), os.statvfs(at.diff)
+    assert here.f_bavail == there.f_bavail - -(-space["reserve_bytes"] // there.f_frsize)
+    with open(at.mnt / "new", "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, MIB)
+    run_pbkfs("unmount", "-D", at.mnt)
 
 
 @pytest.mark.usefixtures("small")

@@ -132,6 +132,9 @@ int pbk_node_page_map(struct pbk_node *, struct pbk_page_map *);
 /* Writes the whole visible content to fd, a regular file, from its start, and sets its size. */
 int pbk_node_copy_to(struct pbk_node *, struct pbk_ctx *, int fd);
 
+/* How much free space of the diff's file system fallocate has to leave: it is for what the kernel took without asking. */
+void pbk_nodes_set_reserve(struct pbk_nodes *, uint64_t bytes);
+
 size_t pbk_nodes_drop_indexes(struct pbk_nodes *);
 void pbk_nodes_gate_close(struct pbk_nodes *);
 int pbk_nodes_gate_open(struct pbk_nodes *);
