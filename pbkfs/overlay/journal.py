@@ -392,6 +392,18 @@ def encode_whole(object_id: int) -> bytes:
     return _WHOLE.pack(_WHOLE_TYPE, object_id)
 
 
+def encode_map(
+    object_id: int, changed: bytes, limit: int, is_whole: bool, hydrated: bytes
+) -> Iterator[bytes]:
+    """Yield the records of all that is known of the blocks of a mapped object; all durable."""
+    if is_whole:
+        yield encode_whole(object_id)
+    yield from encode_pages(object_id, changed)
+    yield from encode_hydrated(object_id, hydrated)
+    if limit != NO_LIMIT:
+        yield encode_limit(object_id, limit)
+
+
 def find_runs(bitmap: bytes) -> Iterator[tuple[int, int]]:
     """Yield (first block, count) for the runs of set bits, lowest bit of the first byte first."""
     first = -1

@@ -311,14 +311,8 @@ class Layer:
             names = records.drop_pairs(names)
         payloads = [*names, records.encode_boot(self.boot_id)]
         for object_id, found in self.page_maps.items():
-            if object_id not in named:
-                continue
-            if found.is_whole:
-                payloads.append(records.encode_whole(object_id))
-            payloads.extend(records.encode_pages(object_id, found.changed))
-            payloads.extend(records.encode_hydrated(object_id, found.hydrated))
-            if found.limit != records.NO_LIMIT:
-                payloads.append(records.encode_limit(object_id, found.limit))
+            if object_id in named:
+                payloads.extend(records.encode_map(object_id, *found))
         size = records.HEADER_BYTES + records.count_frame_bytes(payloads)
         if size > self._end // 2:
             return False

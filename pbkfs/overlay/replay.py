@@ -17,7 +17,7 @@ from pbkfs.overlay.inode import NOT_LOADED, Directory, File, Inode, Piece, Symbo
 from pbkfs.overlay.journal import RENAME_EXCHANGE
 from pbkfs.overlay.layer import Layer, Named
 from pbkfs.overlay.namespace import Namespace, fail
-from pbkfs.overlay.stack import Stack
+from pbkfs.overlay.stack import LayerStack
 
 WAL_NAME = b"pg_wal"
 
@@ -25,12 +25,12 @@ WAL_NAME = b"pg_wal"
 class Replay:
     """Applies the records of layer number ``layer``. ``created`` collects ids of new objects."""
 
-    def __init__(self, namespace: Namespace, stack: Stack, layer: int) -> None:
+    def __init__(self, namespace: Namespace, stack: LayerStack, layer: int) -> None:
         self.created: set[int] = set()
         self._namespace = namespace
         self._stack = stack
         self._layer = layer
-        self._is_live = layer == len(stack.layers) - 1
+        self._is_live = stack.is_live(layer)
 
     def run(self, layer: Layer, payloads: Iterable[bytes]) -> None:
         """Apply all records. Raises DiffError naming the first one that does not fit."""
@@ -161,7 +161,7 @@ def apply_wal_out(namespace: Namespace) -> list[Inode]:
 
 
 def find_named(
-    stack: Stack, namespace: Namespace, created: Collection[int]
+    stack: LayerStack, namespace: Namespace, created: Collection[int]
 ) -> list[dict[int, Named]]:
     """Return, for each layer from the oldest on, the objects that a name leads to.
 

@@ -29,33 +29,20 @@ def count_blocks(size: int) -> int:
     return -(-size // BLOCK_BYTES)
 
 
-class Stack:
-    """``layers`` are oldest first; the last one is the live layer of ``diff``.
+class LayerStack:
+    """``layers`` are oldest first. Here all of them are sealed; see ``Stack`` for a mount's."""
 
-    Only a seal changes them: it puts a new live layer at the end.
-    """
-
-    def __init__(self, base: Base, diff: Diff, sealed: Sequence[Layer]) -> None:
-        """``sealed`` are newest first, as a superblock names them."""
+    def __init__(self, base: Base, layers: Sequence[Layer]) -> None:
         self.base = base
-        self.diff = diff
-        self.layers = [*reversed(sealed), diff.live]
+        self.layers = list(layers)
 
-    @property
-    def live(self) -> Layer:
-        """The layer that is written to."""
-        return self.layers[-1]
-
-    def push(self, superblock: Superblock, live: Layer) -> None:
-        """Go on in another live layer: the old one is sealed, as the diff's superblock says now."""
-        self.live.is_sealed = True
-        self.diff.superblock = superblock
-        self.diff.live = live
-        self.layers.append(live)
+    def is_live(self, number: int) -> bool:  # noqa: ARG002 - the other kind of stack looks
+        """Return whether the layer ``number`` is one that is written to."""
+        return False
 
     def live_piece(self, file: File) -> Piece | None:
         """Return the file's object in the writable diff, or None."""
-        if file.pieces and file.pieces[0].layer == len(self.layers) - 1:
+        if file.pieces and self.is_live(file.pieces[0].layer):
             return file.pieces[0]
         return None
 
@@ -70,16 +57,6 @@ class Stack:
         file.atime_ns, file.mtime_ns = found.st_atime_ns, found.st_mtime_ns
         file.ctime_ns = found.st_mtime_ns
         file.size = found.st_size
-
-    def live_limit(self, file: File, piece: Piece, size: int) -> int:
-        """Return from which block on nothing comes from below the file's live object.
-
-        ``size`` is the object's: it began with that of the version below, so one that is smaller
-        was truncated, even if a crash came before the record of it.
-        """
-        self.load(file)
-        recorded = self.live.page_maps.get(piece.object_id, EMPTY_MAP).limit
-        return min(recorded, count_blocks(file.size), count_blocks(size))
 
     def sources(self, file: File) -> list[tuple[Any, ...]]:
         """Return where the version below the writable diff has its bytes, newest first.
@@ -112,6 +89,44 @@ class Stack:
                 _log.error("%s: %s", self.base.describe(), error)
                 raise fail(errno.EIO) from error
         return result
+
+
+class Stack(LayerStack):
+    """The stack of a mount: its last layer is the live one of ``diff``.
+
+    Only a seal changes the layers: it puts a new live layer at the end.
+    """
+
+    def __init__(self, base: Base, diff: Diff, sealed: Sequence[Layer]) -> None:
+        """``sealed`` are newest first, as a superblock names them."""
+        super().__init__(base, [*reversed(sealed), diff.live])
+        self.diff = diff
+
+    @property
+    def live(self) -> Layer:
+        """The layer that is written to."""
+        return self.layers[-1]
+
+    def is_live(self, number: int) -> bool:
+        """Return whether the layer ``number`` is one that is written to."""
+        return number == len(self.layers) - 1
+
+    def push(self, superblock: Superblock, live: Layer) -> None:
+        """Go on in another live layer: the old one is sealed, as the diff's superblock says now."""
+        self.live.is_sealed = True
+        self.diff.superblock = superblock
+        self.diff.live = live
+        self.layers.append(live)
+
+    def live_limit(self, file: File, piece: Piece, size: int) -> int:
+        """Return from which block on nothing comes from below the file's live object.
+
+        ``size`` is the object's: it began with that of the version below, so one that is smaller
+        was truncated, even if a crash came before the record of it.
+        """
+        self.load(file)
+        recorded = self.live.page_maps.get(piece.object_id, EMPTY_MAP).limit
+        return min(recorded, count_blocks(file.size), count_blocks(size))
 
 
 def _format_source(source: Source, listed_bytes: int) -> tuple[Any, ...]:

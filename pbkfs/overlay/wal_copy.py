@@ -123,7 +123,7 @@ class WalCopy:
             new = os.open(self._target / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 for begin, end in ranges:
-                    _copy_bytes(fd, new, begin, end)
+                    copy_bytes(fd, new, begin, end)
                 os.ftruncate(new, ranges[-1][1])
                 os.ftruncate(new, found.st_size)
                 _give(new, found)
@@ -173,7 +173,7 @@ def _find_valid(fd: int, name: str, start: WalStart) -> list[tuple[int, int]]:
     return [(0, end)] if begin == page else [(0, page), (begin, end)]
 
 
-def _copy_bytes(source: int, target: int, begin: int, end: int) -> None:
+def copy_bytes(source: int, target: int, begin: int, end: int) -> None:
     """Copy what lies at the offsets from ``begin`` up to ``end``."""
     at = begin
     while at < end:

@@ -33,7 +33,7 @@ from pbkfs.overlay.hydration import Step
 from pbkfs.overlay.inode import Directory
 
 MAX_LAYERS = 2
-MAX_SEALS = 5
+MAX_SEALS = 8
 
 
 class TreeMachine(FileMachine):
@@ -240,6 +240,19 @@ class TreeMachine(FileMachine):
         self.trees.seal_live(child)
         self.children.append((child, take_snapshot(self.oracle)))
         self.is_hydrating = False
+        self.took_all()
+        self.compare()
+
+    @precondition(lambda self: self.step is None and self.trees.n_layers > 1)
+    @rule(newest=st.integers(0, 2), n_layers=st.integers(2, 5))
+    def fold(self, newest: int, n_layers: int) -> None:
+        """Put one layer in the place of some, for all heads that have them; the old ones go."""
+        self.close_handles()
+        self.trees.close()
+        heads = [self.trees.diff_path, *(path for path, _ in self.children)]
+        self.trees.fold(heads, newest, n_layers)
+        self.trees.open()
+        self.reopened()
         self.took_all()
         self.compare()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 from conformance.drivers import TreeDriver
 from conformance.plain_base import PlainBase
 
+from pbkfs.overlay.check import check_diff
 from pbkfs.overlay.diff import Diff, live_path, open_layers
+from pbkfs.overlay.folding import Folded, fold, read_layers, replace_run
 from pbkfs.overlay.journal import HEADER_BYTES
 from pbkfs.overlay.layer import JOURNAL
 from pbkfs.overlay.sealing import Child, Sealed
@@ -30,7 +33,7 @@ class TreePlace:
         self.diff_path = place / "diff1"
         self.layers: list[LayerRef] = []
         self.boot = 1
-        self.n_seals = 0
+        self.n_seals = self.n_folds = 0
         self._tree: Tree | None = None
         self.driver: TreeDriver
 
@@ -114,6 +117,36 @@ class TreePlace:
         live = self.place / f"live{self.n_seals}"
         new = None if child is None else Child(child, self.place / f"live{self.n_seals}of_child")
         return self.tree.seal(live, new)
+
+    @property
+    def n_layers(self) -> int:
+        """How many sealed layers the diff has."""
+        return len(read_layers(self.diff_path))
+
+    def fold(self, heads: Sequence[Path], newest: int, n_layers: int) -> Folded | None:
+        """Fold up to ``n_layers`` of the closed diff from ``newest`` on, for all these heads.
+
+        Layers that no head names any more are deleted, and every head has to be sound.
+        """
+        layers = read_layers(self.diff_path)[newest:]
+        run = layers[:n_layers]
+        if not run:
+            return None
+        self.n_folds += 1
+        folded = fold(self.base, layers, len(run), self.place / f"folded{self.n_folds}")
+        for head in heads:
+            replace_run(head, run, folded.layer)
+        named = {Path(ref.path) for head in heads for ref in read_layers(head)}
+        named |= {live_path(head, read_superblock(head)) for head in heads}
+        for ref in run:
+            if Path(ref.path) not in named:
+                shutil.rmtree(Path(ref.path) / "objects")
+                os.unlink(Path(ref.path) / "journal")
+        self.layers = read_layers(self.diff_path)
+        for head in heads:
+            report = check_diff(head, self.base)
+            assert report.is_clean, report.findings
+        return folded
 
     @property
     def live_path(self) -> Path:

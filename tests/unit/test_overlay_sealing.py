@@ -425,7 +425,7 @@ def test_second_pass_takes_what_changed_and_drops_what_went(
     copy = WalCopy(source, tmp_path / "copy")
     copy.advance(START)
     copied: list[str] = []
-    monkeypatch.setattr(wal_copy, "_copy_bytes", note_copies(copied))
+    monkeypatch.setattr(wal_copy, "copy_bytes", note_copies(copied))
     # The server goes on, and recycles what it does not need.
     os.rename(source / segment_name(1, 2), source / segment_name(1, 9))
     part = make_segment(source / segment_name(1, 3), 3, 20, fill=b"v")
@@ -443,7 +443,7 @@ def test_second_pass_takes_what_changed_and_drops_what_went(
 
 
 def note_copies(copied: list[str]) -> Callable[[int, int, int, int], None]:
-    real = wal_copy._copy_bytes
+    real = wal_copy.copy_bytes
 
     def note(source: int, target: int, begin: int, end: int) -> None:
         copied.append(os.readlink(f"/proc/self/fd/{source}"))
