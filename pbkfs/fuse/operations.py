@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -18,6 +19,7 @@ import pyfuse3
 import trio
 
 from pbkfs.errors import PbkfsError
+from pbkfs.fuse import tablespaces
 
 if TYPE_CHECKING:
     from pbkfs.overlay.tree import Attr, Tree
@@ -78,9 +80,11 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = False
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, invalidate: Callable[[int], None]) -> None:
+        """``invalidate`` has the kernel forget the attributes and the listing of an inode."""
         super().__init__()
         self._tree = tree
+        self._invalidate = invalidate
 
     # --- names --------------------------------------------------------------------------------
 
@@ -93,7 +97,8 @@ class Operations(pyfuse3.Operations):
         except FileNotFoundError:
             # A missing name is cached like one that is there: inode 0.
             missing = pyfuse3.EntryAttributes()
-            missing.entry_timeout = VALID_S
+            is_open = self._tree.may_appear(parent_inode, name)
+            missing.entry_timeout = 0 if is_open else VALID_S
             return missing
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -148,7 +153,32 @@ class Operations(pyfuse3.Operations):
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        if tablespaces.is_tablespace_link(self._tree, parent_inode, name, target):
+            return await self._keep_tablespace(parent_inode, name, target, ctx)
         return entry_of(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
+
+    async def _keep_tablespace(
+        self, parent: int, oid: bytes, location: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        place = os.fsdecode(location)
+        try:
+            found = await trio.to_thread.run_sync(
+                tablespaces.find_directories, location, ctx.pid, abandon_on_cancel=True
+            )
+        except OSError as error:
+            logger.warning("tablespace %s: %s: %s", os.fsdecode(oid), place, error.strerror)
+            raise
+        attr, changed = tablespaces.keep(self._tree, parent, oid, found, ctx.uid, ctx.gid)
+        for ino in changed:
+            self._invalidate(ino)
+        logger.info("tablespace %s lies on the mount, not in %s", os.fsdecode(oid), place)
+        try:
+            await trio.to_thread.run_sync(
+                tablespaces.remove_empty, location, ctx.pid, found, ctx.uid, abandon_on_cancel=True
+            )
+        except OSError as error:
+            logger.warning("%s is empty, but not removed: %s", place, error.strerror)
+        return entry_of(attr)
 
     @_answered
     async def link(
@@ -174,7 +204,20 @@ class Operations(pyfuse3.Operations):
         flags: int,
         _ctx: pyfuse3.RequestContext,
     ) -> None:
+        self._check_moved(parent_inode_old, name_old, parent_inode_new, name_new)
         self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    def _check_moved(self, old: int, old_name: bytes, new: int, new_name: bytes) -> None:
+        """Refuse to make a link that leads out of the mount one of a tablespace, afterwards."""
+        try:
+            attr = self._tree.lookup(old, old_name)
+        except FileNotFoundError:
+            return
+        self._tree.forget(attr.ino, 1)
+        if stat.S_ISLNK(attr.mode):
+            target = self._tree.readlink(attr.ino)
+            if tablespaces.is_tablespace_link(self._tree, new, new_name, target):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     # --- inodes -------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ class Session:
             # libfuse closes its descriptor at the end, so it gets one of its own.
             python_fd = os.dup(dispatcher.socket_fd)
             try:
-                pyfuse3.init(Operations(self._tree), f"/dev/fd/{python_fd}", set())
+                pyfuse3.init(Operations(self._tree, self.invalidate), f"/dev/fd/{python_fd}", set())
             except BaseException:
                 os.close(python_fd)
                 raise

@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from pbkfs import _native
-from pbkfs.backup.base import Base, BaseEntry, Kind
+from pbkfs.backup.base import TABLESPACE_ROOT, Base, BaseEntry, Kind
 from pbkfs.errors import PbkfsError
 from pbkfs.overlay.inode import Dentry, Directory, File, Inode, SymbolicLink, join
 from pbkfs.overlay.journal import NAME_MAX
@@ -66,7 +66,24 @@ class Namespace:
         self._nodes = nodes
         for inode in self.inodes.values():
             if isinstance(inode, Directory) and inode.children is not None:
-                nodes.names_known(inode.ino, inode.children)
+                self._tell_names(nodes, inode)
+
+    def _tell_names(self, nodes: _native.Nodes, directory: Directory) -> None:
+        names = self.children(directory)
+        if directory is self.root:
+            nodes.names_known(directory.ino, [*names, TABLESPACE_ROOT])
+        elif not self.may_appear(directory, b""):
+            nodes.names_known(directory.ino, names)
+
+    def may_appear(self, directory: Directory, name: bytes) -> bool:
+        """Tell whether the worker itself may make ``name``: the kernel must not know it missing.
+
+        Tablespaces and their directories are made so, see ``fuse.tablespaces``.
+        """
+        if directory is self.root:
+            return name == TABLESPACE_ROOT
+        top = directory if directory.parent is self.root else directory.parent
+        return top is not None and top.parent is self.root and top.name == TABLESPACE_ROOT
 
     def new_number(self) -> int:
         """Return a number that was never used: for an inode or a cookie."""
@@ -157,7 +174,7 @@ class Namespace:
         directory.n_directories = n_directories
         self.n_loaded += 1
         if self._nodes is not None:
-            self._nodes.names_known(directory.ino, children)
+            self._tell_names(self._nodes, directory)
 
     def _scan(self, path: bytes) -> Iterable[BaseEntry]:
         try:
@@ -282,7 +299,7 @@ class Namespace:
     def drop(self, directory: Directory, name: bytes) -> Inode:
         """Take a name away; returns the inode, which has perhaps no name any more."""
         inode = self.children(directory).pop(name)
-        if self._nodes is not None:
+        if self._nodes is not None and not self.may_appear(directory, name):
             self._nodes.name_removed(directory.ino, name)
         if isinstance(inode, Directory):
             directory.n_directories -= 1

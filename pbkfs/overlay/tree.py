@@ -139,6 +139,14 @@ class Tree:
         for name, inode, cookie in self._namespace.entries(directory, start):
             yield name, self._attributes.read(inode), cookie
 
+    def path_of(self, ino: int) -> bytes | None:
+        """Return the path of an inode's first name; None if it has none any more."""
+        return self._namespace.path_of(self._namespace.get(ino))
+
+    def may_appear(self, parent: int, name: bytes) -> bool:
+        """Tell whether a name that is missing may be made without the kernel asking for it."""
+        return self._namespace.may_appear(self._namespace.get_directory(parent), name)
+
     # --- attributes -------------------------------------------------------------------------
 
     def getattr(self, ino: int) -> Attr:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -263,4 +264,31 @@ def test_a_reset_that_failed_comes_first(prod: Heads) -> None:
     (point / "away").rename(superblock)
     prod.run("branch", "start", "a")
     assert prod.sql("a", "select string_agg(n::text, ',') from t") == "1"
+    prod.check_cluster("a")
+
+
+def test_tablespace_is_branched_with_its_files(prod: Heads) -> None:
+    """What CREATE TABLESPACE names lies on the host: a branch must not share it with its source."""
+    location = prod.root / "location"
+    location.mkdir()
+    if os.geteuid() == 0:
+        os.chown(location, prod.programs.user.uid, prod.programs.user.gid)
+    prod.sql(
+        "prod",
+        f"create tablespace s location '{location}'",
+        "create table x tablespace s as select generate_series(1, 1000) as i",
+        kind="trunk",
+    )
+    assert list(location.iterdir()) == []
+    prod.branch("a", "prod")
+    prod.sql("a", "delete from x where i > 10", "vacuum full x", "checkpoint")
+    prod.sql("prod", "insert into x values (0)", "checkpoint", kind="trunk")
+    assert prod.sql("a", "select count(*) from x") == "10"
+    assert prod.sql("prod", "select count(*) from x", kind="trunk") == "1001"
+    # In a branch the same location is free.
+    prod.sql(
+        "a", f"create tablespace s2 location '{location}'", "create table y (i int) tablespace s2"
+    )
+    prod.run("branch", "reset", "a", "--yes")
+    assert prod.sql("a", "select count(*) from x") == "1000"
     prod.check_cluster("a")
