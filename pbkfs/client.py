@@ -108,12 +108,14 @@ class RemoteBranches(_Remote):
     ) -> HeadView:
         """Make a branch and, unless told otherwise, wait until it is ready."""
         del say
+        idle_stop: str | None = None,
         body = {"name": name, "parent": parent, "ttl": ttl, "tags": list(tags), "auth": auth}
         return self._view(self._api.call("POST", f"branches?wait={str(wait).lower()}", body))
 
     def list_all(
         self, *, status: str | None = None, parent: str | None = None, tag: str | None = None
     ) -> list[HeadView]:
+        body |= {"idle_stop": idle_stop}
         """Return the branches that fit, oldest first."""
         wishes = {"status": status, "parent": parent, "tag": tag}
         query = urlencode({name: value for name, value in wishes.items() if value is not None})
@@ -165,6 +167,10 @@ class RemoteBranches(_Remote):
 
     def destroy(self, name: str, *, recursive: bool = False, say: object = None) -> list[str]:
         """Remove a branch; returns the names of what is gone."""
+    def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
+        """Let a branch be stopped after so long without a client."""
+        return self._change(name, {"idle_stop": idle_stop})
+
         del say
         return _destroy(self._api, "branch", name, recursive)
 
@@ -271,6 +277,8 @@ def _to_view(found: dict[str, Any], kind: Kind) -> HeadView:
         head=head,
         status=found["status"],
         parent=found.get("parent"),
+        idle_stop_s=found.get("idle_stop_seconds"),
+        is_asleep=found.get("asleep", False),
         tags=found.get("tags", []),
         size=Size(found["own_bytes"], found["shared_bytes"]),
         connection=Connection(place["host"], place["port"], place["user"], place["database"])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pbkfs.branch.durations import parse_ttl
+from pbkfs.branch.durations import parse_idle_stop, parse_ttl
 from pbkfs.branch.engine import Cloned
 from pbkfs.branch.errors import (
     HasChildrenError,
@@ -58,6 +58,7 @@ class Branches:
         ttl: str | None = None,
         tags: Sequence[str] = (),
         auth: Literal["password", "trust"] = "password",
+        idle_stop: str | None = None,
         keep_failed: bool = False,
         begun: Callable[[Head], None] = ignore_begin,
         say: Say = say_nothing,
@@ -73,6 +74,7 @@ class Branches:
         life = self._life
         name = check_name(name) if name else make_name()
         lifetime = parse_ttl(ttl) if ttl else None
+        idle_stop_s = parse_idle_stop(idle_stop) if idle_stop else None
         tags = [check_tag(tag) for tag in tags]
         if life.store.find(parent) is None:
             if parent != MAIN:
@@ -83,7 +85,7 @@ class Branches:
         with life.locks.hold(head_id, what=f"branch {name!r}"):
             try:
                 with life.locked(parent) as source:
-                    head = self._insert(head_id, name, source, auth, lifetime, tags)
+                    head = self._insert(head_id, name, source, auth, lifetime, idle_stop_s, tags)
                     begun(head)
                     say(f"branching from {parent}")
                     with life.locks.hold(LAYERS, what="the layers", shared=True):
@@ -109,6 +111,7 @@ class Branches:
         auth: Literal["password", "trust"],
         lifetime: float | None,
         tags: Sequence[str],
+        idle_stop_s: float | None,
     ) -> Head:
         life = self._life
         life.check_is_whole(source)
@@ -136,6 +139,7 @@ class Branches:
             created_at=now(),
             expires_at=_moment_after(lifetime),
         )
+            idle_stop_s=idle_stop_s,
         with life.store.transaction() as tx:
             self._check_limits(tx, head, source)
             tx.insert(head, tags)
@@ -240,8 +244,13 @@ class Branches:
         """
         head = self._life.find(name, kind)
         status = self._life.status_of(head)
-        # The password is there from the first start on, so it is only looked for after that.
-        found = self._life.connection(head, with_password=True) if status == "running" else None
+        # One that is asleep takes clients where there is a daemon. The password is there from the
+        # first start on, so it is only looked for after that.
+        is_asleep = status in ("stopped", "error") and head.is_asleep
+        is_there = status == "running" or (
+            is_asleep and not self._life.serving.is_port_free(head.port)
+        )
+        found = self._life.connection(head, with_password=True) if is_there else None
         if found is None:
             raise WrongStateError(
                 f"{kind} {name!r} is {status}", hint=f"Start it first: pbkfs {kind} start {name}"
@@ -271,6 +280,23 @@ class Branches:
         return self._life.view_one(head)
 
     def restart(self, name: str, say: Say = say_nothing) -> HeadView:
+    def fall_asleep(self, name: str) -> bool:
+        """Stop a branch whose time without a client is over; False if it has one after all.
+
+        A client that comes while this looks is cut off, and let in when it comes again.
+        """
+        life = self._life
+        with life.locked(name, "branch") as head:
+            is_idle = (
+                head.idle_stop_s is not None
+                and head.operation == ""
+                and head.status == life.status_of(head) == "running"
+                and life.serving.activity(head).n_clients == 0
+            )
+            if is_idle:
+                life.fall_asleep(head)
+        return is_idle
+
         """Stop a branch and start it again."""
         with self._life.locked(name, "branch") as head:
             head = self._life.start(self._life.stop(head), say)
@@ -352,6 +378,15 @@ class Branches:
         with life.locked(name, kind) as head:
             gone = self._destroy(head, recursive=recursive, say=say)
         life.collect()
+    def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
+        """Let a branch be stopped after so long without a client, or ``never``."""
+        idle_stop_s = parse_idle_stop(idle_stop)
+        head = self._life.find(name, "branch")
+        with self._life.store.transaction() as tx:
+            tx.update(head.id, idle_stop_s=idle_stop_s)
+            tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
+        return self._life.view_one(self._life.reload(head))
+
         return gone
 
     def _destroy(self, head: Head, *, recursive: bool, say: Say) -> list[str]:

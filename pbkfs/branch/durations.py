@@ -39,12 +39,24 @@ def parse_ttl(text: str) -> float | None:
 
     Raises InvalidRequestError, also for a time that is over at once or later than a century.
     """
+    return _parse_limit(text, "time to live", "2h or 7d")
+
+
+def parse_idle_stop(text: str) -> float | None:
+    """Return after how many seconds without a client a branch stops, None for ``never``.
+
+    Raises InvalidRequestError.
+    """
+    return _parse_limit(text, "idle time", "30m or 2h")
+
+
+def _parse_limit(text: str, what: str, example: str) -> float | None:
     if text.strip().lower() == NEVER:
         return None
     seconds = parse_duration(text)
     if not 0 < seconds <= _LONGEST_S:
         raise InvalidRequestError(
-            f"time to live {text!r} is out of range",
-            hint="Write something like 2h or 7d, or never.",
+            f"{what} {text!r} is out of range",
+            hint=f"Write something like {example}, or never.",
         )
     return seconds

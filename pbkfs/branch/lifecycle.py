@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 _PORT_TRIES = 5
+# The daemon looks at the store several times a second.
+_FRONT_LIMIT_S = 5.0
 
 
 def say_nothing(text: str) -> None:
@@ -108,17 +111,25 @@ class Lifecycle:
                 said = error.message if isinstance(error, PbkfsError) else type(error).__name__
                 first = said.splitlines()[0] if said else said
                 with self.store.transaction() as tx:
-                    tx.release_port(head.id)
+                    if head.is_asleep:  # the next client may have more luck
+                        tx.update(head.id, is_wanted=0)
+                    else:
+                        tx.release_port(head.id)
                     tx.update(head.id, status="error", error=first, operation="")
                     tx.record(head, "start failed", first)
             raise
 
     def _bring_up(self, head: Head, say: Say, *, is_new: bool) -> Head:
         if not is_new:
-            self.store.update(head.id, status="starting", operation="start", error="", is_wanted=1)
+            # While one that was asleep is mounted, clients still get through to the daemon.
+            begun = "wake" if head.is_asleep else "start"
+            self.store.update(head.id, status="starting", operation=begun, error="", is_wanted=1)
         self.serving.make_password(head)
         self.engine.mount(head.id)
         avoid: set[int] = set()
+        if head.is_asleep:
+            self.store.update(head.id, operation="start")
+            self._wait_for_front(head)
         for attempt in range(_PORT_TRIES):
             with self.store.transaction() as tx:
                 port = assign_port(tx, head, self.settings, self.serving.is_port_free, avoid=avoid)
@@ -143,6 +154,7 @@ class Lifecycle:
                 error="",
                 is_wanted=1,
                 pg_version=served.version,
+                is_asleep=0,
                 bindir=served.bindir,
                 server_pid=served.postmaster.pid,
                 server_ticks=served.postmaster.start_ticks,
@@ -195,13 +207,41 @@ class Lifecycle:
                 error="",
                 is_wanted=0,
                 server_pid=0,
+                is_asleep=0,
                 server_ticks=0,
             )
-            if head.status != "stopped":
+            if head.status != "stopped" or head.is_asleep:
                 tx.record(head, "stopped")
         return self.reload(head)
+        if head.is_asleep:
+            self._wait_for_front(head)
 
     def erase(self, head: Head, what: str = "destroyed") -> None:
+    def fall_asleep(self, head: Head) -> None:
+        """Stop a head that nobody uses; it keeps its port, on which the daemon takes its clients.
+
+        Without a daemon, or after its end, it is one that is stopped.
+        """
+        self.store.update(head.id, operation="stop", is_asleep=1)
+        self.take_down(head)
+        with self.store.transaction() as tx:
+            tx.update(
+                head.id,
+                status="stopped",
+                operation="",
+                error="",
+                is_wanted=0,
+                server_pid=0,
+                server_ticks=0,
+            )
+            tx.record(head, "fell asleep", f"no client for {head.idle_stop_s:g} s")
+
+    def _wait_for_front(self, head: Head) -> None:
+        """Wait until the daemon lets go of a head's port; whoever else has it keeps it."""
+        deadline = time.monotonic() + _FRONT_LIMIT_S
+        while not self.serving.is_port_free(head.port) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
         """Remove a head with all that it is; it has no children. Can be done again."""
         self.store.update(head.id, status="deleting", operation="destroy")
         with contextlib.suppress(PbkfsError):

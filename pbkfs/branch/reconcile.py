@@ -82,7 +82,8 @@ class Reconciler:
             life.take_down(head, "fast" if head.operation == "stop" else "immediate")
         is_stopped = head.operation in ("stop", "start") or head.status == "starting"
         with life.store.transaction() as tx:
-            tx.release_port(head.id)
+            if not head.is_asleep:
+                tx.release_port(head.id)
             tx.update(
                 head.id,
                 status="stopped" if is_stopped else "error",

@@ -39,6 +39,22 @@ _HBA = {
 }
 
 
+# Our own question is a client, too. Sessions are counted since the last reset of statistics.
+_ACTIVITY = """
+SELECT count(*) FILTER (WHERE pid <> pg_backend_pid()),
+       (SELECT coalesce(sum(sessions), 0) FROM pg_stat_database)
+FROM pg_stat_activity WHERE backend_type IN ('client backend', 'walsender')
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """Who uses a server: clients now, beside us, and sessions so far, with ours."""
+
+    n_clients: int
+    n_sessions: int
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """A server that came up."""
@@ -126,6 +142,11 @@ class Serving:
         return run_query(
             Path(pid_file.socket_dir), pid_file.port, sql, user=head.pg_user, timeout_s=timeout_s
         )
+
+    def activity(self, head: Head, *, timeout_s: float = 5.0) -> Activity:
+        """Return who uses the running server of a head. Raises as ``ask`` does."""
+        ((n_clients, n_sessions),) = self.ask(head, _ACTIVITY, timeout_s=timeout_s)
+        return Activity(int(n_clients or 0), int(float(n_sessions or 0)))
 
     def stop(self, head: Head, mode: str = "fast") -> None:
         """Stop the server of a head if it runs; a fast stop that takes too long is made immediate.

@@ -23,10 +23,15 @@ from pbkfs.errors import FormatError, HostError
 Kind = Literal["trunk", "branch"]
 Status = Literal["creating", "starting", "running", "stopped", "error", "deleting"]
 
-VERSION = 1
+VERSION = 2
 _SCHEMA = Path(__file__).with_name("schema.sql")
 # Step i takes a store from version i to i + 1. The schema is always that of the newest version.
-_MIGRATIONS: tuple[str, ...] = ()
+_MIGRATIONS: tuple[str, ...] = (
+    """
+    ALTER TABLE heads ADD COLUMN idle_stop_s REAL;
+    ALTER TABLE heads ADD COLUMN is_asleep INTEGER NOT NULL DEFAULT 0;
+    """,
+)
 _BUSY_S = 30.0
 
 
@@ -58,6 +63,8 @@ class Head:
     server_ticks: int = 0
     started_at: str | None = None
     expires_at: str | None = None
+    idle_stop_s: float | None = None
+    is_asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +151,11 @@ class Store:
 
     def _version(self) -> int:
         return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def changes(self) -> int:
+        """Return a number that is another one once another connection has changed the store."""
+        with self._mutex:
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -341,7 +353,8 @@ class Transaction:
 
 def _to_head(row: sqlite3.Row) -> Head:
     values = dict(zip(_COLUMNS, row, strict=True))
-    values["is_wanted"] = bool(values["is_wanted"])
+    for name in ("is_wanted", "is_asleep"):
+        values[name] = bool(values[name])
     return Head(**values)
 
 

@@ -103,6 +103,8 @@ class HeadView:
         }
         if head.kind == "trunk":
             found |= {"wal_level": head.wal_level, "source": head.source}
+        else:
+            found |= {"idle_stop_seconds": head.idle_stop_s, "asleep": head.is_asleep}
         if head.error:
             found["error"] = head.error
         if self.notes:

@@ -44,6 +44,12 @@ def command() -> None:
     help="The trunk or branch to branch from; it runs on.",
 )
 @click.option("--ttl", metavar="TIME", help="How long it lives: 90m, 2h, 7d.  [default: for ever]")
+@click.option(
+    "--idle-stop",
+    metavar="TIME",
+    help="Stop it after so long without a client, 30m; the next one starts it again. By the "
+    "daemon: see pbkfs server.",
+)
 @click.option("-t", "--tag", "tags", multiple=True, metavar="TAG", help="A tag; can be repeated.")
 @click.option(
     "--trust",
@@ -59,6 +65,7 @@ def create(
     name: str | None,
     parent: str,
     ttl: str | None,
+    idle_stop: str | None,
     tags: tuple[str, ...],
     trust: bool,
     cpu: str | None,
@@ -81,6 +88,7 @@ def create(
             ttl=ttl,
             tags=tags,
             auth="trust" if trust else "password",
+            idle_stop=idle_stop,
             say=say,
             **more,
         )
@@ -113,7 +121,7 @@ def list_(status: str | None, parent: str | None, tag: str | None, tree: bool, o
     rows = [
         [
             view.name,
-            view.status,
+            heads.describe_status(view),
             view.parent or "",
             format_duration(view.age_s()),
             format_bytes(view.size.total_bytes),
@@ -244,3 +252,17 @@ def log(name: str, lines: int, events: bool) -> None:
     """Show what happened to a branch, and the end of its server's log."""
     with heads.service(settles=False) as service:
         heads.echo_log(service.branches.log(name, n_lines=0 if events else lines))
+@command.command("idle-stop")
+@name_argument
+@click.argument("time")
+def idle_stop(name: str, time: str) -> None:
+    """Let the daemon stop a branch after TIME (30m) without a client, or never.
+
+    The branch is asleep then: its port takes clients, and the first one starts it, which takes
+    less than a second. Where no daemon runs, it is one that is stopped.
+    """
+    with heads.service() as service:
+        view = service.branches.set_idle_stop(name, time)
+    click.echo(f"Idle stop: {heads.describe_idle_stop(view)}")
+
+

@@ -214,7 +214,19 @@ def _scalar(value: object) -> str:
 
 def colour_status(status: str) -> str:
     """Return a state in its colour; click leaves it out where the output is no terminal."""
-    return click.style(status, fg=_COLOURS[status]) if status in _COLOURS else status
+    colour = _COLOURS.get(status.partition(",")[0])
+    return click.style(status, fg=colour) if colour else status
+
+
+def describe_status(view: HeadView) -> str:
+    """Return a state in words."""
+    return f"{view.status}, asleep" if view.head.is_asleep else view.status
+
+
+def describe_idle_stop(view: HeadView) -> str:
+    """Return after which time without a client a branch is stopped, in words."""
+    limit = view.head.idle_stop_s
+    return "never" if limit is None else f"after {format_duration(limit)} without a client"
 
 
 def echo_table(header: list[str], rows: list[list[str]], status_column: int) -> None:
@@ -235,7 +247,8 @@ def echo_tree(views: list[HeadView]) -> None:
     def show(view: HeadView, lead: str, below: str) -> None:
         size = format_bytes(view.size.total_bytes)
         tags = f"  [{', '.join(view.tags)}]" if view.tags else ""
-        click.echo(f"{lead}{view.name} ({colour_status(view.status)}, {size}){tags}")
+        status = colour_status(describe_status(view))
+        click.echo(f"{lead}{view.name} ({status}, {size}){tags}")
         children = by_parent.get(view.name, [])
         for number, child in enumerate(children):
             is_last = number + 1 == len(children)
@@ -255,7 +268,7 @@ def echo_head(view: HeadView, output: str) -> None:
         echo_value(view.to_json(), output)
         return
     head = view.head
-    fields = {"Name": view.name, "ID": head.id, "Status": colour_status(view.status)}
+    fields = {"Name": view.name, "ID": head.id, "Status": colour_status(describe_status(view))}
     if head.error:
         fields["Error"] = head.error
     if head.kind == "trunk":
@@ -273,6 +286,7 @@ def echo_head(view: HeadView, output: str) -> None:
             "Parent": view.parent or "none",
             "Created": _format_since(head.created_at),
             "Expires": "never" if ttl is None else f"in {format_duration(ttl)}",
+            "Idle Stop": describe_idle_stop(view),
             "PG Version": head.pg_version or "unknown",
             "Tags": ", ".join(view.tags) or "none",
         }

@@ -7,13 +7,15 @@ server's own bind another process may take the port, and the caller then tries t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from pbkfs.errors import BusyError, HostError, UsageError
@@ -22,6 +24,7 @@ from pbkfs.postgres.account import Account
 FIRST_PORT = 5432
 RUN_DIR_VARIABLE = "PBKFS_RUN_DIR"
 _LAST_PORT = 65535
+_BACKLOG = 128
 # sockaddr_un.sun_path, less the final NUL. Source: unix(7).
 _SUN_PATH_BYTES = 107
 # The hba file of ``--trust-local``, in the run directory.
@@ -93,15 +96,59 @@ def port_is_free(listen_addresses: str, port: int) -> bool:
     return all(_can_bind(address, port) for address in addresses)
 
 
-def _can_bind(address: str, port: int) -> bool:
+def open_listeners(listen_addresses: str, port: int) -> list[socket.socket]:
+    """Listen where a server with this setting would. Raises BusyError, UsageError."""
+    made: list[socket.socket] = []
     try:
-        infos = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for name in (part.strip() for part in listen_addresses.split(",")):
+            for address in _WILDCARDS.get(name, (name,)):
+                made += _listen(address, port)
+        if not made:
+            raise BusyError(f"no address of {listen_addresses!r} can be listened on")
+    except BaseException:
+        for each in made:
+            each.close()
+        raise
+    return made
+
+
+def _listen(address: str, port: int) -> Iterator[socket.socket]:
+    for family, kind, protocol, _, where in _resolve(address, port):
+        try:
+            made = socket.socket(family, kind, protocol)
+        except OSError:
+            continue  # a kernel without IPv6
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made.bind(where)
+            made.listen(_BACKLOG)
+        except OSError as error:
+            made.close()
+            if address == "::" and error.errno != errno.EADDRINUSE:
+                continue  # IPv6 is switched off
+            raise BusyError(
+                f"port {port} of {address} can't be listened on: {error.strerror}"
+            ) from error
+        yield made
+
+
+def _resolve(address: str, port: int) -> list[tuple[Any, ...]]:
+    """Return what getaddrinfo says. Raises UsageError."""
+    try:
+        return [
+            *socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        ]
     except OSError as error:
         raise UsageError(
             f"cannot listen on {address!r}: {error.strerror}",
             hint="Give addresses or names of this host, separated by commas.",
         ) from error
-    for family, kind, protocol, _, where in infos:
+
+
+def _can_bind(address: str, port: int) -> bool:
+    for family, kind, protocol, _, where in _resolve(address, port):
         try:
             probe = socket.socket(family, kind, protocol)
         except OSError:
@@ -116,7 +163,7 @@ def _can_bind(address: str, port: int) -> bool:
                 # Without listen, another socket that is bound but not yet listening would pass.
                 probe.listen(1)
             except OSError as error:
-                if address == "::" and error.errno != 98:
+                if address == "::" and error.errno != errno.EADDRINUSE:
                     continue  # IPv6 is switched off: PostgreSQL then listens on the others
                 return False
     return True

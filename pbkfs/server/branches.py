@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
-from pbkfs.branch.durations import parse_ttl
+from pbkfs.branch.durations import parse_idle_stop, parse_ttl
 from pbkfs.branch.names import check_name, check_tag
 from pbkfs.errors import UnsupportedError
 from pbkfs.server.heads import destroy, read_log, run
@@ -52,12 +52,15 @@ async def create_branch(
         check_name(wish.name)
     if wish.ttl is not None:
         parse_ttl(wish.ttl)
+    if wish.idle_stop is not None:
+        parse_idle_stop(wish.idle_stop)
     for tag in wish.tags:
         check_tag(tag)
     given = {
         "name": wish.name,
         "parent": wish.parent,
         "ttl": wish.ttl,
+        "idle_stop": wish.idle_stop,
         "tags": wish.tags,
         "auth": wish.auth,
     }
@@ -93,18 +96,21 @@ async def get_branch(control: Controlled, name: str) -> Branch:
 
 @router.patch("/{name}", responses=CHANGING)
 async def change_branch(control: Controlled, name: str, body: BranchChange) -> Branch:
-    """Change name, tags or time to live."""
+    """Change name, tags, time to live, or after which time without a client it is stopped."""
     if body.name is not None:
         check_name(body.name)
     for tag in (*body.add_tags, *body.remove_tags):
         check_tag(tag)
     if body.ttl is not None:
         parse_ttl(body.ttl)
+    if body.idle_stop is not None:
+        parse_idle_stop(body.idle_stop)
     await control.show(name, "branch")
     arguments = {
         "name": name,
         "new_name": body.name,
         "ttl": body.ttl,
+        "idle_stop": body.idle_stop,
         "add_tags": body.add_tags,
         "remove_tags": body.remove_tags,
     }

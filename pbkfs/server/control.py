@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from pbkfs.branch.durations import parse_idle_stop
 from pbkfs.branch.engine import Size
 from pbkfs.branch.errors import (
     NameConflictError,
@@ -239,6 +240,8 @@ class Control:
             and head.auth == arguments["auth"]
             and sorted(set(arguments["tags"])) == tags
             and bool(head.expires_at) == bool(arguments["ttl"])
+            and head.idle_stop_s
+            == (parse_idle_stop(arguments["idle_stop"]) if arguments["idle_stop"] else None)
         )
 
     async def _check_parent(self, parent: str) -> None:

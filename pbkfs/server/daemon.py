@@ -100,6 +100,7 @@ async def _main(service: Service, hands: Hands, bind: Bind, sockets: list[socket
     from pbkfs.server.app import make_app
     from pbkfs.server.control import Control
     from pbkfs.server.guard import Guard
+    from pbkfs.server.idle import Idle
 
     config = Config()
     # hypercorn closes what it is given, so it gets descriptors of its own.
@@ -136,6 +137,7 @@ async def _main(service: Service, hands: Hands, bind: Bind, sockets: list[socket
         nursery.start_soon(end_on_signal)
         nursery.start_soon(control.settle_at_start)
         nursery.start_soon(control.reap_for_ever)
+        nursery.start_soon(Idle(control, nursery).run)
         places = [f"http://{bind.host}:{bind.port}"] if bind.port else []
         logger.info("listening on %s", " and ".join([*places, str(bind.socket)]))
         if bind.port and not service.settings.api_token:

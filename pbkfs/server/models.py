@@ -16,6 +16,7 @@ Auth = Literal["password", "trust"]
 _NAME = {"pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"}
 _TAG = {"pattern": "^[^\\s,\\u0000]{1,128}$"}
 _DURATION = r"([0-9]+(\.[0-9]*)?(ms|s|m|h|d|w))+"
+_IDLE_STOP = {"pattern": f"^(never|{_DURATION})$", "examples": ["30m", "2h"]}
 _TTL = {"pattern": f"^(never|{_DURATION})$", "examples": ["2h", "7d", "90m"]}
 
 
@@ -30,6 +31,13 @@ Text = Annotated[
 ]
 Name = Annotated[Text, Field(json_schema_extra=_NAME)]
 Tag = Annotated[Text, Field(json_schema_extra=_TAG)]
+IdleStop = Annotated[
+    Text | None,
+    Field(
+        description="Stopped after so long without a client; the next client starts it again.",
+        json_schema_extra=_IDLE_STOP,
+    ),
+]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -43,6 +51,7 @@ class NewBranch(_Request):
     name: Name | None = None
     parent: Annotated[Text, Field(description="Trunk or branch.")] = "main"
     ttl: Annotated[Text | None, Field(json_schema_extra=_TTL)] = None
+    idle_stop: IdleStop = None
     tags: list[Tag] = []
     auth: Auth = "password"
     cpu: Annotated[Text | None, Field(description="Not available in this version.")] = None
@@ -54,6 +63,7 @@ class BranchChange(_Request):
 
     name: Name | None = None
     ttl: Annotated[Text | None, Field(description="From now on.", json_schema_extra=_TTL)] = None
+    idle_stop: IdleStop = None
     add_tags: list[Tag] = []
     remove_tags: list[Tag] = []
 
@@ -135,6 +145,8 @@ class Branch(_Head):
     parent: str | None
     tags: list[str]
     expires_at: str | None
+    idle_stop_seconds: float | None
+    asleep: Annotated[bool, Field(description="Stopped as idle; a client starts it.")]
 
 
 class Trunk(_Head):

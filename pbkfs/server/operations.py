@@ -96,8 +96,12 @@ def _reset(work: _Work) -> list[str]:
     return work.service.branches.reset(work.given["name"], say=work.say).notes
 
 
+def _fall_asleep(work: _Work) -> bool:
+    return work.service.branches.fall_asleep(work.given["name"])
+
+
 def _change(work: _Work) -> str:
-    """Change tags, time to live and name of a branch, the name last; returns its name."""
+    """Change what a branch is called and when it ends or stops, the name last; returns its name."""
     branches, name = work.service.branches, str(work.given["name"])
     if work.given.get("add_tags"):
         branches.tag(name, work.given["add_tags"])
@@ -109,6 +113,8 @@ def _change(work: _Work) -> str:
         view: HeadView = branches.rename(name, work.given["new_name"])
         name = view.name
     return name
+    if work.given.get("idle_stop"):
+        branches.set_idle_stop(name, work.given["idle_stop"])
 
 
 def _refresh(work: _Work) -> list[str]:
@@ -137,3 +143,4 @@ _OPERATIONS: dict[str, Callable[[_Work], Any]] = {
     "refresh": _refresh,
     "settle": _settle,
 }
+    "fall_asleep": _fall_asleep,

@@ -32,9 +32,11 @@ Controlled = Annotated[Control, Depends(control_of)]
 
 def parse_wait(text: str) -> float:
     """Return for how many seconds to wait. Raises InvalidRequestError."""
-    word = text.strip().lower()
+    word = text.lower()
     if word in _WORDS:
         return _WORDS[word]
+    if word != word.strip():
+        raise InvalidRequestError(f"wait: {text!r} is not understood", hint="Leave blanks out.")
     try:
         return parse_duration(word)
     except InvalidRequestError as error:

@@ -213,3 +213,31 @@ def test_a_forked_child_leaves_the_connection_alone(store: Store) -> None:
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert store.heads() == []
+
+
+def test_store_of_an_older_version(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.db"
+    _insert(store := Store(path), _head("main"))
+    store.close()
+    db = sqlite3.connect(path)
+    for column in ("idle_stop_s", "is_asleep"):
+        db.execute(f"ALTER TABLE heads DROP COLUMN {column}")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    store = Store(path)
+    found = store.find("main")
+    assert found is not None
+    assert (found.name, found.idle_stop_s, found.is_asleep) == ("main", None, False)
+    store.update(found.id, is_asleep=1)
+    assert store.heads()[0].is_asleep
+    store.close()
+
+
+def test_changes_by_others_are_seen(store: Store) -> None:
+    _insert(store, _head("main"))
+    other = Store(store.path)
+    before = other.changes()
+    assert other.changes() == before
+    store.update("id-main", port=1)
+    assert other.changes() != before
+    other.close()
