@@ -103,19 +103,19 @@ class RemoteBranches(_Remote):
         ttl: str | None = None,
         tags: Sequence[str] = (),
         auth: Literal["password", "trust"] = "password",
+        idle_stop: str | None = None,
         say: object = None,
         wait: bool = True,
     ) -> HeadView:
         """Make a branch and, unless told otherwise, wait until it is ready."""
         del say
-        idle_stop: str | None = None,
         body = {"name": name, "parent": parent, "ttl": ttl, "tags": list(tags), "auth": auth}
+        body |= {"idle_stop": idle_stop}
         return self._view(self._api.call("POST", f"branches?wait={str(wait).lower()}", body))
 
     def list_all(
         self, *, status: str | None = None, parent: str | None = None, tag: str | None = None
     ) -> list[HeadView]:
-        body |= {"idle_stop": idle_stop}
         """Return the branches that fit, oldest first."""
         wishes = {"status": status, "parent": parent, "tag": tag}
         query = urlencode({name: value for name, value in wishes.items() if value is not None})
@@ -162,15 +162,15 @@ class RemoteBranches(_Remote):
         """Let a branch live for ``ttl`` from now."""
         return self._change(name, {"ttl": ttl})
 
+    def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
+        """Let a branch be stopped after so long without a client."""
+        return self._change(name, {"idle_stop": idle_stop})
+
     def _change(self, name: str, body: dict[str, Any]) -> HeadView:
         return self._view(self._api.call("PATCH", _path("branch", name), body))
 
     def destroy(self, name: str, *, recursive: bool = False, say: object = None) -> list[str]:
         """Remove a branch; returns the names of what is gone."""
-    def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
-        """Let a branch be stopped after so long without a client."""
-        return self._change(name, {"idle_stop": idle_stop})
-
         del say
         return _destroy(self._api, "branch", name, recursive)
 
@@ -272,13 +272,13 @@ def _to_view(found: dict[str, Any], kind: Kind) -> HeadView:
         wal_level=found.get("wal_level", ""),
         started_at=found["started_at"],
         expires_at=found.get("expires_at"),
+        idle_stop_s=found.get("idle_stop_seconds"),
+        is_asleep=found.get("asleep", False),
     )
     return HeadView(
         head=head,
         status=found["status"],
         parent=found.get("parent"),
-        idle_stop_s=found.get("idle_stop_seconds"),
-        is_asleep=found.get("asleep", False),
         tags=found.get("tags", []),
         size=Size(found["own_bytes"], found["shared_bytes"]),
         connection=Connection(place["host"], place["port"], place["user"], place["database"])

@@ -110,8 +110,8 @@ class Branches:
         source: Head,
         auth: Literal["password", "trust"],
         lifetime: float | None,
-        tags: Sequence[str],
         idle_stop_s: float | None,
+        tags: Sequence[str],
     ) -> Head:
         life = self._life
         life.check_is_whole(source)
@@ -138,8 +138,8 @@ class Branches:
             wal_level=source.wal_level,
             created_at=now(),
             expires_at=_moment_after(lifetime),
-        )
             idle_stop_s=idle_stop_s,
+        )
         with life.store.transaction() as tx:
             self._check_limits(tx, head, source)
             tx.insert(head, tags)
@@ -279,7 +279,6 @@ class Branches:
             head = self._life.stop(head)
         return self._life.view_one(head)
 
-    def restart(self, name: str, say: Say = say_nothing) -> HeadView:
     def fall_asleep(self, name: str) -> bool:
         """Stop a branch whose time without a client is over; False if it has one after all.
 
@@ -297,6 +296,7 @@ class Branches:
                 life.fall_asleep(head)
         return is_idle
 
+    def restart(self, name: str, say: Say = say_nothing) -> HeadView:
         """Stop a branch and start it again."""
         with self._life.locked(name, "branch") as head:
             head = self._life.start(self._life.stop(head), say)
@@ -362,6 +362,15 @@ class Branches:
             tx.record(head, "extended", f"until {expires_at}" if expires_at else "for ever")
         return self._life.view_one(self._life.reload(head))
 
+    def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
+        """Let a branch be stopped after so long without a client, or ``never``."""
+        idle_stop_s = parse_idle_stop(idle_stop)
+        head = self._life.find(name, "branch")
+        with self._life.store.transaction() as tx:
+            tx.update(head.id, idle_stop_s=idle_stop_s)
+            tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
+        return self._life.view_one(self._life.reload(head))
+
     def destroy(
         self,
         name: str,
@@ -378,15 +387,6 @@ class Branches:
         with life.locked(name, kind) as head:
             gone = self._destroy(head, recursive=recursive, say=say)
         life.collect()
-    def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
-        """Let a branch be stopped after so long without a client, or ``never``."""
-        idle_stop_s = parse_idle_stop(idle_stop)
-        head = self._life.find(name, "branch")
-        with self._life.store.transaction() as tx:
-            tx.update(head.id, idle_stop_s=idle_stop_s)
-            tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
-        return self._life.view_one(self._life.reload(head))
-
         return gone
 
     def _destroy(self, head: Head, *, recursive: bool, say: Say) -> list[str]:

@@ -126,10 +126,10 @@ class Lifecycle:
             self.store.update(head.id, status="starting", operation=begun, error="", is_wanted=1)
         self.serving.make_password(head)
         self.engine.mount(head.id)
-        avoid: set[int] = set()
         if head.is_asleep:
             self.store.update(head.id, operation="start")
             self._wait_for_front(head)
+        avoid: set[int] = set()
         for attempt in range(_PORT_TRIES):
             with self.store.transaction() as tx:
                 port = assign_port(tx, head, self.settings, self.serving.is_port_free, avoid=avoid)
@@ -153,8 +153,8 @@ class Lifecycle:
                 operation="",
                 error="",
                 is_wanted=1,
-                pg_version=served.version,
                 is_asleep=0,
+                pg_version=served.version,
                 bindir=served.bindir,
                 server_pid=served.postmaster.pid,
                 server_ticks=served.postmaster.start_ticks,
@@ -206,17 +206,16 @@ class Lifecycle:
                 operation="",
                 error="",
                 is_wanted=0,
-                server_pid=0,
                 is_asleep=0,
+                server_pid=0,
                 server_ticks=0,
             )
             if head.status != "stopped" or head.is_asleep:
                 tx.record(head, "stopped")
-        return self.reload(head)
         if head.is_asleep:
             self._wait_for_front(head)
+        return self.reload(head)
 
-    def erase(self, head: Head, what: str = "destroyed") -> None:
     def fall_asleep(self, head: Head) -> None:
         """Stop a head that nobody uses; it keeps its port, on which the daemon takes its clients.
 
@@ -242,6 +241,7 @@ class Lifecycle:
         while not self.serving.is_port_free(head.port) and time.monotonic() < deadline:
             time.sleep(0.01)
 
+    def erase(self, head: Head, what: str = "destroyed") -> None:
         """Remove a head with all that it is; it has no children. Can be done again."""
         self.store.update(head.id, status="deleting", operation="destroy")
         with contextlib.suppress(PbkfsError):

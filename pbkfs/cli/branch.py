@@ -244,14 +244,6 @@ def extend(name: str, ttl: str) -> None:
     click.echo(f"Expires: {view.head.expires_at or 'never'}")
 
 
-@command.command("log")
-@name_argument
-@click.option("-n", "--lines", default=50, show_default=True, help="Lines of the server's log.")
-@click.option("--events", is_flag=True, help="Only what pbkfs did with it.")
-def log(name: str, lines: int, events: bool) -> None:
-    """Show what happened to a branch, and the end of its server's log."""
-    with heads.service(settles=False) as service:
-        heads.echo_log(service.branches.log(name, n_lines=0 if events else lines))
 @command.command("idle-stop")
 @name_argument
 @click.argument("time")
@@ -266,3 +258,11 @@ def idle_stop(name: str, time: str) -> None:
     click.echo(f"Idle stop: {heads.describe_idle_stop(view)}")
 
 
+@command.command("log")
+@name_argument
+@click.option("-n", "--lines", default=50, show_default=True, help="Lines of the server's log.")
+@click.option("--events", is_flag=True, help="Only what pbkfs did with it.")
+def log(name: str, lines: int, events: bool) -> None:
+    """Show what happened to a branch, and the end of its server's log."""
+    with heads.service(settles=False) as service:
+        heads.echo_log(service.branches.log(name, n_lines=0 if events else lines))

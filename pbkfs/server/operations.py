@@ -92,12 +92,12 @@ def _destroy(work: _Work) -> list[str]:
     return _of_kind(work).destroy(work.given["name"], recursive=work.given["recursive"], say=say)
 
 
-def _reset(work: _Work) -> list[str]:
-    return work.service.branches.reset(work.given["name"], say=work.say).notes
-
-
 def _fall_asleep(work: _Work) -> bool:
     return work.service.branches.fall_asleep(work.given["name"])
+
+
+def _reset(work: _Work) -> list[str]:
+    return work.service.branches.reset(work.given["name"], say=work.say).notes
 
 
 def _change(work: _Work) -> str:
@@ -109,12 +109,12 @@ def _change(work: _Work) -> str:
         branches.tag(name, work.given["remove_tags"], remove=True)
     if work.given.get("ttl"):
         branches.extend(name, work.given["ttl"])
+    if work.given.get("idle_stop"):
+        branches.set_idle_stop(name, work.given["idle_stop"])
     if work.given.get("new_name"):
         view: HeadView = branches.rename(name, work.given["new_name"])
         name = view.name
     return name
-    if work.given.get("idle_stop"):
-        branches.set_idle_stop(name, work.given["idle_stop"])
 
 
 def _refresh(work: _Work) -> list[str]:
@@ -138,9 +138,9 @@ _OPERATIONS: dict[str, Callable[[_Work], Any]] = {
     "stop": _stop,
     "restart": _restart,
     "destroy": _destroy,
+    "fall_asleep": _fall_asleep,
     "reset": _reset,
     "change": _change,
     "refresh": _refresh,
     "settle": _settle,
 }
-    "fall_asleep": _fall_asleep,
