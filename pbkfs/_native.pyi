@@ -168,6 +168,9 @@ class Nodes:
         changed, whether the object is whole); (0, 0, 0, whole) unless it is mapped."""
     def heat(self) -> dict[int, int]:
         """Reads and changes of each inode since it was registered; without those that had none."""
+    def give_back_files(self) -> bool:
+        """Close half of the descriptors of sources and objects, for somebody who finds none; False
+        if there was none to close."""
     def set_reserve(self, n_bytes: int, /) -> None:
         """How much free space of the diff's file system fallocate has to leave, else ENOSPC: it is
         for what the kernel took without asking."""

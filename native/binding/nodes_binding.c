@@ -259,7 +259,7 @@ static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
     PyObject *result = NULL;
     struct pbk_source_spec *specs = NULL;
     char (*object_paths)[32] = NULL;
-    if (!PyArg_ParseTuple(args, "O&O&O:add", pbk_binding_u64, &ino, pbk_binding_u64, &size, &sources) || !is_open(self))
+    if (!PyArg_ParseTuple(args, "O&O&O", pbk_binding_u64, &ino, pbk_binding_u64, &size, &sources) || !is_open(self))
         return NULL;
     /* The specs borrow from the tuples, which this keeps. */
     PyObject *list = PySequence_Fast(sources, "sources is not a sequence");
@@ -279,7 +279,7 @@ static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
     for (Py_ssize_t i = 0; i < n; i++)
         if (!parse_source(PySequence_Fast_GET_ITEM(list, i), &specs[i], object_paths[i]))
             goto out;
-    int err = pbk_nodes_add(self->nodes, ino, size, specs, (unsigned)n);
+    int err = take(self, ino, size, specs, (unsigned)n);
     if (err)
         pbk_binding_fail(err, err == -EINVAL ? "sources make no sense" : NULL);
     else
@@ -825,6 +825,17 @@ static PyObject *nodes_heat(struct nodes_object *self, PyObject *Py_UNUSED(unuse
 
 /* ---- all of them ---- */
 
+static PyObject *nodes_give_back_files(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    bool has_given;
+    if (!is_open(self))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    has_given = pbk_nodes_give_back_files(self->nodes);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(has_given);
+}
+
 static PyObject *nodes_set_reserve(struct nodes_object *self, PyObject *arg)
 {
     unsigned long long bytes = PyLong_AsUnsignedLongLong(arg);
@@ -1028,6 +1039,8 @@ static PyMethodDef methods[] = {
      "Record what was hydrated; whether nothing comes from below any more."},
     {"count_blocks", (PyCFunction)nodes_count_blocks, METH_O, "(blocks, in the object, changed, whether it is whole)."},
     {"heat", (PyCFunction)nodes_heat, METH_NOARGS, "Inode -> reads and changes since it was registered."},
+    {"give_back_files", (PyCFunction)nodes_give_back_files, METH_NOARGS,
+     "Close some descriptors that can be opened again."},
     {"set_reserve", (PyCFunction)nodes_set_reserve, METH_O, "How much free space fallocate has to leave."},
     {"drop_indexes", (PyCFunction)nodes_drop_indexes, METH_NOARGS, "Drop all loaded page indexes; bytes freed."},
     {"gate_close", (PyCFunction)nodes_gate_close, METH_NOARGS, "Hold all changes; returns when none is under way."},

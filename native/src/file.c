@@ -12,6 +12,8 @@
 
 #include "pbk/io.h"
 
+#define MAX_RELIEF 8u
+
 int pbk_file_set_init(struct pbk_file_set *set, unsigned max_open)
 {
     memset(set, 0, sizeof(*set));
@@ -220,20 +222,28 @@ static int open_file(struct pbk_file_set *set, const struct pbk_file *file)
     return fd;
 }
 
+bool pbk_file_set_relieve(struct pbk_file_set *set, int err, unsigned *n_tries)
+{
+    if ((err != -EMFILE && err != -ENFILE) || *n_tries == MAX_RELIEF)
+        return false;
+    /* Somebody else uses up the descriptors, and may be faster than the caller: half of ours each time, then all. */
+    pthread_mutex_lock(&set->lock);
+    enforce_bound(set, ++*n_tries == MAX_RELIEF ? 0 : set->n_open / 2);
+    pthread_mutex_unlock(&set->lock);
+    return true;
+}
+
 int pbk_file_acquire(struct pbk_file_set *set, struct pbk_file *file)
 {
     pthread_mutex_lock(&set->lock);
     if (file->fd < 0) {
+        unsigned n_tries = 0;
+        int fd;
         pthread_mutex_unlock(&set->lock);
-        int fd = open_file(set, file);
-        pthread_mutex_lock(&set->lock);
-        if (fd == -EMFILE || fd == -ENFILE) {
-            /* Somebody else uses up the descriptors: give back half of ours and try once more. */
-            enforce_bound(set, set->n_open / 2);
-            pthread_mutex_unlock(&set->lock);
+        do
             fd = open_file(set, file);
-            pthread_mutex_lock(&set->lock);
-        }
+        while (fd < 0 && pbk_file_set_relieve(set, fd, &n_tries));
+        pthread_mutex_lock(&set->lock);
         if (file->fd >= 0) {
             if (fd >= 0)
                 close(fd);

@@ -70,7 +70,10 @@ static int walk_source(struct pbk_source *source, struct pbk_file_set *files, st
     memset(walk, 0, sizeof(*walk));
     if (source->has_headers) {
         /* One map serves all files of its backup and is read once for each: not worth a descriptor. */
-        fd = pbk_open_beneath(source->headers_fd, source->headers_path, O_RDONLY);
+        unsigned n_tries = 0;
+        do
+            fd = pbk_open_beneath(source->headers_fd, source->headers_path, O_RDONLY);
+        while (fd < 0 && pbk_file_set_relieve(files, fd, &n_tries));
         if (fd < 0) {
             walk->reason = "header map can't be opened";
             return fd;

@@ -81,11 +81,17 @@ static int sync_directory(struct pbk_node *node)
 {
     char name[4];
     snprintf(name, sizeof(name), "%02x", (unsigned)(node->object->id & 255));
-    int fd = openat(node->object->store.objects_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0)
-        return -errno;
+    unsigned n_tries = 0;
+    int fd;
+    int err = 0;
+    do {
+        fd = openat(node->object->store.objects_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+        err = fd < 0 ? -errno : 0;
+    } while (err && pbk_file_set_relieve(&node->nodes->files, err, &n_tries));
+    if (err)
+        return err;
     pbk_step("object:directory:fsync");
-    int err = pbk_fsync(fd);
+    err = pbk_fsync(fd);
     close(fd);
     return err;
 }
@@ -104,6 +110,8 @@ static int sync_data(struct pbk_node *node, bool datasync)
          * as durable that are not: this object stays unsyncable until it is mounted again. */
         int none = 0;
         atomic_compare_exchange_strong(&object->file.sync_error, &none, err);
+        count(&node->nodes->counters.sync_errors, 1);
+        pbk_log_failure(&node->nodes->log, object->file.path, PBK_LOG_NO_BLOCK, "diff", "object can't be synced", -err);
     }
     return err;
 }

@@ -251,10 +251,18 @@ void node_leave(struct pbk_node *node)
     pbk_gate_leave(&node->nodes->gate);
 }
 
-static int end_change(struct pbk_node *node, int fd, int err)
+/* Whether a failure is an answer that a caller has to expect, and not one of the disk. */
+static bool is_plain_refusal(int err)
+{
+    return err == -ENOSPC || err == -EDQUOT || err == -EFBIG || err == -EINVAL || err == -EOPNOTSUPP || err == -ENOSYS;
+}
+
+static int end_change(struct pbk_node *node, int fd, uint64_t block, int err)
 {
     if (err)
         refresh_size(node, fd);
+    if (err && !is_plain_refusal(err))
+        pbk_log_failure(&node->nodes->log, node->object->file.path, block, "diff", "object can't be changed", -err);
     count(&node->n_changes, 1);
     node_leave(node);
     count(err ? &node->nodes->counters.write_errors : &node->nodes->counters.writes, 1);
@@ -287,7 +295,7 @@ ssize_t pbk_node_write(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off,
         if (err == 0)
             raise_size(node, end);
     }
-    err = end_change(node, fd, err);
+    err = end_change(node, fd, off / PBK_BLCKSZ, err);
     if (err)
         return err;
     count(&node->nodes->counters.bytes_written, len);
@@ -368,7 +376,7 @@ int pbk_node_truncate(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t size)
     int err = node_enter(node, true, &fd);
     if (err)
         return err;
-    return end_change(node, fd, node_truncate_locked(node, ctx, size));
+    return end_change(node, fd, size / PBK_BLCKSZ, node_truncate_locked(node, ctx, size));
 }
 
 /* ---- fallocate ---- */
@@ -475,7 +483,7 @@ int pbk_node_fallocate(struct pbk_node *node, struct pbk_ctx *ctx, int mode, uin
             err = allocate(node, fd, mode & FALLOC_FL_KEEP_SIZE, start, end - start);
         }
     }
-    return end_change(node, fd, err);
+    return end_change(node, fd, off / PBK_BLCKSZ, err);
 }
 
 /* ---- attributes ---- */
@@ -528,5 +536,5 @@ int pbk_node_utimens(struct pbk_node *node, const struct timespec ts[2])
     int err = node_enter(node, false, &fd);
     if (err)
         return err;
-    return end_change(node, fd, futimens(fd, ts) == 0 ? 0 : -errno);
+    return end_change(node, fd, PBK_LOG_NO_BLOCK, futimens(fd, ts) == 0 ? 0 : -errno);
 }

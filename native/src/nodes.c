@@ -470,6 +470,14 @@ void pbk_nodes_visit_heat(struct pbk_nodes *nodes, void (*visit)(void *arg, uint
     pthread_rwlock_unlock(&nodes->table_lock);
 }
 
+bool pbk_nodes_give_back_files(struct pbk_nodes *nodes)
+{
+    unsigned n_before = pbk_file_set_n_open(&nodes->files);
+    unsigned n_tries = 0;
+    pbk_file_set_relieve(&nodes->files, -EMFILE, &n_tries);
+    return pbk_file_set_n_open(&nodes->files) < n_before;
+}
+
 void pbk_nodes_set_reserve(struct pbk_nodes *nodes, uint64_t bytes)
 {
     atomic_store_explicit(&nodes->reserve_bytes, bytes, memory_order_relaxed);

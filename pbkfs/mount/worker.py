@@ -13,6 +13,7 @@ import faulthandler
 import importlib
 import logging
 import os
+import re
 import signal
 import socket
 import time
@@ -44,6 +45,9 @@ _ENDING = (signal.SIGTERM, signal.SIGINT)
 # Their default is to end the process, and with it the mount under a server.
 _IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 native_logger = logging.getLogger("pbkfs.native")
+
+# Source: native/src/log.c, pbk_log_failure(); overlay/objects.py, object_path().
+_OBJECT = re.compile(r"file=[0-9a-f]{2}/([0-9a-f]+) block=\S+ layer=(\S+) ")
 
 # What was not fsynced may be lost in a power cut; names and attributes are not lost for longer.
 _SYNC_EVERY_S = 5.0
@@ -275,7 +279,16 @@ class Worker:
             while data := os.read(self.opened.log_pipe, 65536):
                 *lines, self._log_rest = (self._log_rest + data).split(b"\n")
                 for line in lines:
-                    native_logger.error("%s", line.decode(errors="backslashreplace"))
+                    text = line.decode(errors="backslashreplace")
+                    native_logger.error("%s%s", text, self._owner_of(text))
+
+    def _owner_of(self, line: str) -> str:
+        """Return which file it is, where the native half could only name an object."""
+        found = _OBJECT.match(line)
+        if found is None:
+            return ""
+        path = self.opened.tree.find_object(int(found[1], 16), is_live=found[2] == "diff")
+        return f" (of {os.fsdecode(path)!r})" if path is not None else ""
 
     async def _keep_synced(self, session: Session) -> None:
         """Every few seconds make names durable, forget what nobody uses, bound what is dirty."""

@@ -7,11 +7,12 @@ object is read from below; its first change copies it up: whole if it is small a
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pbkfs import _native
 from pbkfs.overlay import journal as records
@@ -27,6 +28,10 @@ MAX_WHOLE_BYTES = 1 << 20
 
 # Files from which on the end of a mount syncs the file system instead of each of them.
 _SYNCFS_FROM = 2000
+
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+# Said by the dispatcher, which lets the page wait.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +153,7 @@ class Contents:
         yet. Raises OSError and leaves nothing.
         """
         objects = self._stack.live.objects
-        object_id = objects.make(mode, uid, gid)
+        object_id = self._make(path, lambda: objects.make(mode, uid, gid))
         try:
             self.nodes.add(file.ino, 0, ())
             try:
@@ -188,10 +193,13 @@ class Contents:
                 self.nodes.copy_to(file.ino, fd)
 
         objects = self._stack.live.objects
-        object_id = objects.make_filled(
-            fill,
-            attributes=(stat.S_IMODE(file.mode), file.uid, file.gid),
-            times_ns=(file.atime_ns, time.time_ns() if is_emptied else file.mtime_ns),
+        object_id = self._make(
+            path,
+            lambda: objects.make_filled(
+                fill,
+                attributes=(stat.S_IMODE(file.mode), file.uid, file.gid),
+                times_ns=(file.atime_ns, time.time_ns() if is_emptied else file.mtime_ns),
+            ),
         )
         piece = self._piece(object_id, is_mapped=is_mapped)
         if path is not None:
@@ -208,6 +216,21 @@ class Contents:
         if not is_mapped and not is_emptied:
             self.counters["copied_up_bytes"] += file.size
         self._attach(file, piece)
+
+    def _make(self, path: bytes | None, make: Callable[[], int]) -> int:
+        """Make an object; where descriptors have run out, the native half gives some back.
+
+        A written-back page must not fail for that: its fsync would. Raises OSError.
+        """
+        while True:
+            try:
+                return make()
+            except OSError as error:
+                if error.errno in _NO_DESCRIPTORS and self.nodes.give_back_files():
+                    continue
+                if error.errno not in _NO_SPACE:
+                    _log.error("no object can be made for %r: %s", os.fsdecode(path or b""), error)
+                raise
 
     def adopt(self, file: File, object_id: int, *, is_whole: bool) -> None:
         """Make an object that is durable already the mapped one of a file that has none.

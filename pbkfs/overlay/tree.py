@@ -391,6 +391,17 @@ class Tree:
         """Return when the entries of a directory are durable; all others are then too."""
         self.sync()
 
+    def find_object(self, object_id: int, *, is_live: bool) -> bytes | None:
+        """Return a path of the file that has this object, or None. For log lines: it looks at
+        every file."""
+        for inode in self._namespace.inodes.values():
+            if isinstance(inode, File) and any(
+                piece.object_id == object_id and self._stack.is_live(piece.layer) == is_live
+                for piece in inode.pieces
+            ):
+                return self._namespace.path_of(inode)
+        return None
+
     @property
     def reserve_bytes(self) -> int:
         """Free space that is kept for what the kernel has taken for written without asking."""

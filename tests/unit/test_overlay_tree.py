@@ -403,6 +403,7 @@ def test_blocks_do_not_look_sparse(place: TreePlace, path: bytes) -> None:
     assert attr.blocks * 512 >= attr.size
 
 
+@pytest.mark.expect_log("no object can be made for")
 def test_base_that_cannot_be_read_is_an_io_error(place: TreePlace) -> None:
     inode = find(place, b"postgresql.conf").ino
     (place.lower / "postgresql.conf").write_bytes(b"short")

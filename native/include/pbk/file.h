@@ -46,6 +46,12 @@ void pbk_file_destroy(struct pbk_file_set *, struct pbk_file *); /* not in use *
 int pbk_file_acquire(struct pbk_file_set *, struct pbk_file *);
 void pbk_file_release(struct pbk_file_set *, struct pbk_file *);
 
+/*
+ * After an open that failed with err (-errno): whether to try again, because some of our descriptors were given back for it.
+ * *n_tries is 0 before the first. Not while the caller holds a lock of the set's.
+ */
+bool pbk_file_set_relieve(struct pbk_file_set *, int err, unsigned *n_tries);
+
 /* *to becomes what *from was, descriptor and all; *from is as after pbk_file_destroy. Nobody uses either. */
 void pbk_file_move(struct pbk_file_set *, struct pbk_file *from, struct pbk_file *to);
 

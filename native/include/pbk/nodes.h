@@ -36,6 +36,7 @@
     C(bytes_copied)    /* bytes read from below for that, and by copies of whole files */                              \
     C(blocks_hydrated) /* blocks brought up unchanged */                                                               \
     C(fsyncs)          /* calls of pbk_node_fsync */                                                                   \
+    C(sync_errors)     /* objects that could not be made durable; they stay so until the next mount */                 \
     C(page_records)    /* ranges of blocks recorded as durable */                                                      \
     C(log_lines)       /* failure lines written */                                                                     \
     C(log_suppressed)  /* failure lines left out */
@@ -131,6 +132,9 @@ int pbk_node_page_map(struct pbk_node *, struct pbk_page_map *);
 
 /* Writes the whole visible content to fd, a regular file, from its start, and sets its size. */
 int pbk_node_copy_to(struct pbk_node *, struct pbk_ctx *, int fd);
+
+/* Gives back half of the descriptors of sources and objects; false if there was none to give. */
+bool pbk_nodes_give_back_files(struct pbk_nodes *);
 
 /* How much free space of the diff's file system fallocate has to leave: it is for what the kernel took without asking. */
 void pbk_nodes_set_reserve(struct pbk_nodes *, uint64_t bytes);
