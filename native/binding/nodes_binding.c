@@ -259,7 +259,7 @@ static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
     PyObject *result = NULL;
     struct pbk_source_spec *specs = NULL;
     char (*object_paths)[32] = NULL;
-    if (!PyArg_ParseTuple(args, "O&O&O", pbk_binding_u64, &ino, pbk_binding_u64, &size, &sources) || !is_open(self))
+    if (!PyArg_ParseTuple(args, "O&O&O:add", pbk_binding_u64, &ino, pbk_binding_u64, &size, &sources) || !is_open(self))
         return NULL;
     /* The specs borrow from the tuples, which this keeps. */
     PyObject *list = PySequence_Fast(sources, "sources is not a sequence");
@@ -279,7 +279,7 @@ static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
     for (Py_ssize_t i = 0; i < n; i++)
         if (!parse_source(PySequence_Fast_GET_ITEM(list, i), &specs[i], object_paths[i]))
             goto out;
-    int err = take(self, ino, size, specs, (unsigned)n);
+    int err = pbk_nodes_add(self->nodes, ino, size, specs, (unsigned)n);
     if (err)
         pbk_binding_fail(err, err == -EINVAL ? "sources make no sense" : NULL);
     else
