@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bindir = args.pg_bindir or Path(
         os.environ.get("PBKFS_TEST_POSTGRES", "/var/tmp/pbkfs-tests/pg") + "/16/bin"
     )
-    # As an installation does it: where nothing compiled can be kept, a mount takes half as long again.
+    # As an installation does it: not compiled, a mount takes half as long again.
     compileall.compile_dir(os.path.dirname(pbkfs.__file__), quiet=1)
     data = Data(args.place, bindir, Sizes.of(is_quick=args.quick))
     try:
