@@ -5,7 +5,6 @@ Blocking, any thread. What a crash leaves is finished or undone by ``reconcile``
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import stat
@@ -33,7 +32,7 @@ from pbkfs.branch.ports import assign_port
 from pbkfs.branch.settings import MAIN
 from pbkfs.branch.store import Head, Kind, Point, Transaction, format_time, now
 from pbkfs.branch.views import Connection, HeadView, Log
-from pbkfs.errors import PbkfsError, PostgresError
+from pbkfs.errors import PostgresError
 
 # A CHECKPOINT of a busy server writes all that is dirty; it only makes the child's start shorter.
 _CHECKPOINT_LIMIT_S = 600.0
@@ -92,12 +91,10 @@ class Branches:
                         notes, has_replaced = self._clone(source, head)
                 say("starting PostgreSQL")
                 head = life.bring_up(life.reload(head), say, is_new=not keep_failed)
-            except BaseException:
+            except BaseException as error:
                 found = life.store.get(head_id)
                 if found is not None and not (keep_failed and found.status == "error"):
-                    with contextlib.suppress(PbkfsError, OSError):
-                        life.erase(found, "creation failed")
-                        life.collect(wait_s=0)
+                    life.undo_creation(found, error)
                 raise
         if has_replaced:
             life.collect(wait_s=0)
@@ -134,7 +131,7 @@ class Branches:
             pg_version=source.pg_version,
             bindir=source.bindir,
             auth=auth,
-            # Its replication slots are copied, too, and keep a server with less from starting.
+            # What runs on the source may need it: publications, and whoever dumps them.
             wal_level=source.wal_level,
             created_at=now(),
             expires_at=_moment_after(lifetime),
@@ -327,7 +324,13 @@ class Branches:
         with life.store.transaction() as tx:
             tx.remove_point(head.id)
             tx.update(
-                head.id, status="stopped", operation="", error="", server_pid=0, server_ticks=0
+                head.id,
+                status="stopped",
+                operation="",
+                error="",
+                server_pid=0,
+                server_ticks=0,
+                started_at=None,
             )
             tx.record(head, "reset")
         life.collect()

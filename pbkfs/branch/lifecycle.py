@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 _PORT_TRIES = 5
+_TAIL_LINES = 20
 # The daemon looks at the store several times a second.
 _FRONT_LIMIT_S = 5.0
 
@@ -126,6 +127,11 @@ class Lifecycle:
             self.store.update(head.id, status="starting", operation=begun, error="", is_wanted=1)
         self.serving.make_password(head)
         self.engine.mount(head.id)
+        if head.started_at is None:
+            # Before the first start of this data; a slot that is made on the head itself stays.
+            slots = self.serving.remove_slots(head)
+            if slots:
+                self.store.record(head, "slots removed", ", ".join(slots))
         if head.is_asleep:
             self.store.update(head.id, operation="start")
             self._wait_for_front(head)
@@ -175,7 +181,10 @@ class Lifecycle:
             if self.status_of(head) == "running":
                 return head
             self.take_down(head, "immediate")
-        elif head.status not in ("stopped", "error"):
+        elif head.status == "error":
+            # Perhaps something of it is still there, which could not be taken down before.
+            self.take_down(head, "immediate")
+        elif head.status != "stopped":
             raise WrongStateError(f"{head.kind} {head.name!r} is {head.status}")
         return self.bring_up(head, say)
 
@@ -240,6 +249,23 @@ class Lifecycle:
         deadline = time.monotonic() + _FRONT_LIMIT_S
         while not self.serving.is_port_free(head.port) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    def undo_creation(self, head: Head, error: BaseException) -> None:
+        """Remove a head that could not be made; what ``error`` says stays true afterwards."""
+        log = self.layout.server_log(head.id)
+        if isinstance(error, PbkfsError) and str(log) in f"{error.message} {error.hint}":
+            lines: list[str] = []
+            with contextlib.suppress(OSError):
+                lines = self.read_log(head, _TAIL_LINES)
+            end = "\n".join(f"  {line}" for line in lines)
+            if end and "\n" not in error.message:
+                error.message += f"; the end of its log:\n{end}"
+            kept = (error.hint or "").replace(f"The whole log is {log}.", "").strip()
+            gone = f"The {head.kind} is gone again, and the rest of the log with it."
+            error.hint = f"{kept} {gone}".strip()
+        with contextlib.suppress(PbkfsError, OSError):
+            self.erase(head, "creation failed")
+            self.collect(wait_s=0)
 
     def erase(self, head: Head, what: str = "destroyed") -> None:
         """Remove a head with all that it is; it has no children. Can be done again."""

@@ -7,8 +7,8 @@ a head whose lock is held.
 
 from __future__ import annotations
 
-import contextlib
 import logging
+from dataclasses import replace
 
 from pbkfs.branch.branches import Branches
 from pbkfs.branch.lifecycle import Lifecycle
@@ -69,8 +69,12 @@ class Reconciler:
             self._branches.finish_reset(head)
             return [f"{what}: reset finished"]
         if head.operation == "refresh":
-            self._trunks.finish_refresh(head)
-            return [f"{what}: refresh settled"]
+            head = self._trunks.finish_refresh(head)
+            done = [f"{what}: refresh settled"]
+            if head.status == "running" and life.status_of(head) != "running":
+                # It had been stopped for the refresh, and nothing else has gone wrong.
+                done += self._settle_server(replace(head, operation="start"), what)
+            return done
         return self._settle_server(head, what)
 
     def _settle_server(self, head: Head, what: str) -> list[str]:
@@ -78,8 +82,17 @@ class Reconciler:
         life = self._life
         if head.operation == "" and life.status_of(head) == "running":
             return []
-        with contextlib.suppress(PbkfsError):
+        # Whoever had it stopped does not want it to run, also after a start of the daemon.
+        wish = {"is_wanted": 0} if head.operation == "stop" else {}
+        try:
             life.take_down(head, "fast" if head.operation == "stop" else "immediate")
+        except PbkfsError as error:
+            # Called stopped, it would lose its port, and its data would be taken for at rest.
+            first = error.message.splitlines()[0]
+            with life.store.transaction() as tx:
+                tx.update(head.id, status="error", operation="", error=first, is_asleep=0, **wish)
+                tx.record(head, "can't be stopped", first)
+            return [f"{what}: can't be stopped: {first}"]
         is_stopped = head.operation in ("stop", "start") or head.status == "starting"
         with life.store.transaction() as tx:
             if not head.is_asleep:
@@ -91,6 +104,7 @@ class Reconciler:
                 error="" if is_stopped else "its server or its mount ended by itself",
                 server_pid=0,
                 server_ticks=0,
+                **wish,
             )
             tx.record(head, "stopped" if is_stopped else "ended by itself")
         said = "stopped" if is_stopped else "its server or its mount had ended by itself"

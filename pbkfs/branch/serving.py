@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from pbkfs import durable
 from pbkfs.branch.layout import Layout
 from pbkfs.branch.settings import Settings
 from pbkfs.branch.store import Head
-from pbkfs.errors import BusyError, NotRunningError, PbkfsError, PostgresError
+from pbkfs.errors import (
+    BusyError,
+    HostError,
+    NotRunningError,
+    PbkfsError,
+    PostgresError,
+    TimedOutError,
+)
 from pbkfs.postgres.binaries import read_binaries
 from pbkfs.postgres.cluster import Cluster, open_cluster
 from pbkfs.postgres.launch import Reporter, StartOptions
@@ -158,10 +166,31 @@ class Serving:
         with contextlib.suppress(PbkfsError, OSError):
             owner = self.cluster(head).owner
         with contextlib.suppress(NotRunningError):
-            if mode == "immediate":
-                stop(data_dir, owner, "immediate", _KILL_LIMIT_S)
-            else:
-                stop(data_dir, owner, mode, _STOP_LIMIT_S)
+            if mode != "immediate":
+                with contextlib.suppress(TimedOutError):
+                    stop(data_dir, owner, mode, _STOP_LIMIT_S)
+                    return
+            stop(data_dir, owner, "immediate", _KILL_LIMIT_S)
+
+    def remove_slots(self, head: Head) -> list[str]:
+        """Remove the replication slots in the data of a head that is mounted; returns their names.
+
+        No server may run on it. A copy of a physical slot keeps WAL for ever, as the one who would
+        fetch it does so from the original, and one of a logical slot can't be used.
+        Source: src/backend/replication/slot.c. Raises HostError.
+        """
+        place = self._layout.mount(head.id) / "pg_replslot"
+        try:
+            found = sorted(path for path in place.iterdir() if path.is_dir())
+            for path in found:
+                shutil.rmtree(path)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise HostError(
+                f"cannot remove {error.filename}: {(error.strerror or str(error)).lower()}"
+            ) from error
+        return [path.name for path in found]
 
     # --- passwords ------------------------------------------------------------------------------
 

@@ -30,13 +30,15 @@ from pbkfs.branch.ports import assign_port
 from pbkfs.branch.settings import MAIN
 from pbkfs.branch.store import Head, now
 from pbkfs.branch.views import HeadView
-from pbkfs.errors import HostError, PbkfsError, PostgresError, UsageError
+from pbkfs.errors import HostError, PostgresError, UsageError
 from pbkfs.mount.binding import read_binding
 from pbkfs.postgres.account import Account, account_of, owner_of, write_for
 from pbkfs.postgres.binaries import Binaries, find_binaries, read_binaries
+from pbkfs.postgres.configuration import read_configuration
 from pbkfs.postgres.network import make_run_directory, remove_run_directory
 
 _NEWEST_MAJOR, _OLDEST_MAJOR = 18, 14
+_LEVELS = ("minimal", "replica", "logical")
 # pg_basebackup -P: "  24531/ 98765 kB (24%), 0/1 tablespace".
 _PROGRESS = re.compile(rb"(\d+)/\s*(\d+) kB")
 
@@ -129,16 +131,16 @@ class Trunks:
             begun(head)
             try:
                 self._fill(head, source, owner, say)
+                if wal_level is None:
+                    self._keep_wal_level(head)
                 if starts:
                     say("starting PostgreSQL")
                     head = life.bring_up(head, say, is_new=True)
                 else:
                     life.engine.unmount(head.id)
                     life.store.update(head.id, status="stopped", operation="", is_wanted=0)
-            except BaseException:
-                with contextlib.suppress(PbkfsError, OSError):
-                    life.erase(head, "creation failed")
-                    life.collect()
+            except BaseException as error:
+                life.undo_creation(head, error)
                 raise
         return life.view_one(life.reload(head))
 
@@ -163,6 +165,11 @@ class Trunks:
         say("mounting")
         engine.create(head.id, base)
         self._note_version(head)
+
+    def _keep_wal_level(self, head: Head) -> None:
+        """Let a trunk that is mounted have no lower wal_level than its data was made with."""
+        found = read_configuration(self._life.layout.mount(head.id)).get("wal_level")
+        self._life.store.update(head.id, wal_level=_higher_level(head.wal_level, found))
 
     def _note_version(self, head: Head) -> None:
         cluster = self._life.serving.cluster(head)
@@ -311,6 +318,8 @@ class Trunks:
                 say("mounting")
                 life.engine.create(new_id, base)
                 major = life.serving.cluster(fresh).major
+                said = read_configuration(life.layout.mount(new_id)).get("wal_level")
+                wal_level = _higher_level(head.wal_level, said)
                 life.engine.unmount(new_id)
                 source = _describe_base(life.layout.head(new_id)) or head.source
                 life.take_down(head)
@@ -323,6 +332,7 @@ class Trunks:
                 tx.update(
                     head.id, id=new_id, pending_id=head.id, status="stopped", source=source,
                     pg_version=str(major), bindir="", server_pid=0, server_ticks=0,
+                    started_at=None, wal_level=wal_level,
                 )  # fmt: skip
                 tx.record(fresh, "refreshed", source)
             head = self.finish_refresh(fresh)
@@ -363,6 +373,11 @@ class Trunks:
             backup_id=backup_id or "latest",
             owner=bound.owner,
         )
+
+
+def _higher_level(mine: str, other: str) -> str:
+    """Return the higher one of two values of wal_level; what is no level is lower than each."""
+    return other if other in _LEVELS[_LEVELS.index(mine) :] else mine
 
 
 def _describe_base(head: Path) -> str:

@@ -292,3 +292,27 @@ def test_tablespace_is_branched_with_its_files(prod: Heads) -> None:
     prod.run("branch", "reset", "a", "--yes")
     assert prod.sql("a", "select count(*) from x") == "1000"
     prod.check_cluster("a")
+
+
+def test_replication_slots_stay_with_their_head(heads: Heads, pgdata_template: Path) -> None:
+    heads.trunk("prod", pgdata_template, "--wal-level", "logical")
+    slots = (
+        "select pg_create_physical_replication_slot('p', true)",
+        "select pg_create_logical_replication_slot('l', 'pgoutput')",
+    )
+    count = "select count(*) from pg_replication_slots"
+    heads.sql("prod", *slots, kind="trunk")
+    heads.branch("a", "prod")
+    # Nobody would ever come for what they hold.
+    assert heads.sql("a", count) == "0"
+    heads.sql("a", *slots)
+    heads.run("branch", "restart", "a")
+    assert heads.sql("a", count) == "2"
+    heads.branch("b", "a")
+    assert heads.sql("b", count) == "0"
+    heads.run("branch", "reset", "a", "--yes")
+    assert heads.sql("a", count) == "0"
+    assert heads.sql("prod", count, kind="trunk") == "2"
+    heads.run("trunk", "restart", "prod")
+    assert heads.sql("prod", count, kind="trunk") == "2"
+    assert "slots removed: l, p" in heads.run("branch", "log", "a", "--events").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 from fix_postgres import is_running, server_pids, wait_until
 from fix_trunks import Heads
 from machine import TESTS
+
+from pbkfs.branch import serving
+from pbkfs.branch.service import open_service
+from pbkfs.branch.settings import read_settings
 
 # Not every step: about this many of each command, evenly spread.
 _N_TRIES = int(os.environ.get("PBKFS_TEST_KILLS", "5"))
@@ -124,6 +129,66 @@ def test_stop_start_and_trunk(prod: Heads, pgdata_template: Path) -> None:
         prod.run("trunk", "destroy", "new", "--yes", check=False)
         _kill(prod, at, *arguments)
         assert prod.leftovers() == [], at
+
+
+def _is_bare_layer(path: str) -> bool:
+    """Whether it is what stays of a trunk that was refreshed while a branch lies on it."""
+    return set(os.listdir(path)) == {"journal", "objects"}
+
+
+def test_refresh(prod: Heads, stopped_cluster: Path) -> None:
+    prod.branch("a", "prod")
+    arguments = ("trunk", "refresh", "prod", "--from-dir", str(stopped_cluster), "--yes")
+    n_steps = _count_steps(prod, *arguments)
+    for at in _steps(n_steps):
+        prod.sql("prod", "create table mark ()", kind="trunk")
+        port = prod.info("prod", "trunk")["port"]
+        uri = prod.uri("prod", "trunk")
+        _kill(prod, at, *arguments)
+        assert prod.info("prod", "trunk")["status"] in ("running", "stopped"), at
+        assert [path for path in prod.leftovers() if not _is_bare_layer(path)] == [], at
+        # It is the old one with all that it had, or the new one; with its port and its password.
+        prod.run("trunk", "start", "prod")
+        assert prod.info("prod", "trunk")["port"] == port
+        assert prod.uri("prod", "trunk") == uri
+        if prod.sql("prod", "select to_regclass('mark') is null", kind="trunk") == "t":
+            assert prod.sql("prod", "select count(*) from unhinted", kind="trunk") == "10000"
+        else:
+            prod.sql("prod", "drop table mark", kind="trunk")
+        prod.branch("b", "prod")
+        prod.run("branch", "destroy", "b", "--yes")
+    # What was branched before lies on what it was made of.
+    prod.run("branch", "restart", "a")
+    assert prod.sql("a", "select n from t") == "1"
+    prod.check_cluster("a")
+
+
+def test_stop_of_a_server_that_does_not_end(prod: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    prod.branch("a", "prod")
+    info = prod.info("a")
+    (server,) = (
+        int(prod.layout.mount(info["id"]).joinpath("postmaster.pid").read_text().split()[0]),
+    )
+    for name in ("_STOP_LIMIT_S", "_KILL_LIMIT_S"):
+        monkeypatch.setattr(serving, name, 0.1)
+    # What a stop leaves that has died.
+    with open_service(read_settings({**os.environ, **prod.env})) as service:
+        service.store.update(info["id"], operation="stop")
+        os.kill(server, signal.SIGSTOP)
+        try:
+            (said,) = service.settle()
+        finally:
+            os.kill(server, signal.SIGCONT)
+        head = service.store.get(info["id"])
+    assert "branch a: can't be stopped" in said
+    assert head is not None
+    assert (head.status, head.operation, head.is_wanted) == ("error", "", False)
+    assert "does not stop" in head.error
+    assert (head.port, head.server_pid) == (info["port"], server)
+    wait_until(lambda: not is_running(server))  # both signals have reached it by now
+    prod.run("branch", "start", "a")
+    assert prod.sql("a", "select n from t") == "1"
+    assert prod.leftovers() == []
 
 
 def test_worker_and_server_that_die(prod: Heads) -> None:

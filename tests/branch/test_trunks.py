@@ -100,3 +100,43 @@ def test_sources_exclude_each_other(heads: Heads, source: str) -> None:
         2, "trunk", "create", "x", source, "--from-dir", "/tmp"
     )
     assert "need a store" in heads.fail(2, "trunk", "create", "x", "-i", "ABC")
+
+
+def test_trunk_of_a_directory_that_is_set_up_for_replication(
+    heads: Heads, newest_cluster: Cluster
+) -> None:
+    newest_cluster.start()
+    newest_cluster.sql("alter system set wal_level = logical")
+    newest_cluster.stop()
+    newest_cluster.start()
+    newest_cluster.sql(
+        "select pg_create_physical_replication_slot('p', true)",
+        "select pg_create_logical_replication_slot('l', 'pgoutput')",
+    )
+    newest_cluster.stop()
+    made = heads.trunk("prod", newest_cluster.pgdata)
+    assert made["wal_level"] == "logical"
+    assert heads.sql("prod", "show wal_level", kind="trunk") == "logical"
+    assert heads.sql("prod", "select count(*) from pg_replication_slots", kind="trunk") == "0"
+    assert sorted(path.name for path in (newest_cluster.pgdata / "pg_replslot").iterdir()) == [
+        "l",
+        "p",
+    ]
+    # What is asked for counts.
+    heads.trunk("low", newest_cluster.pgdata, "--wal-level", "replica")
+    assert heads.sql("low", "show wal_level", kind="trunk") == "replica"
+    heads.branch("a", "low")
+    assert heads.sql("a", "show wal_level") == "replica"
+
+
+def test_trunk_that_does_not_start(heads: Heads, newest_cluster: Cluster) -> None:
+    for wal_segment in (newest_cluster.pgdata / "pg_wal").glob("0*"):
+        wal_segment.unlink()
+    done = heads.run("trunk", "create", "x", "--from-dir", newest_cluster.pgdata, check=False)
+    assert done.returncode == 10
+    # All that there is to be known is in the message, as the log goes with the trunk.
+    assert "could not locate a valid checkpoint record" in done.stderr
+    assert "gone again" in done.stderr
+    assert "postgres.log" not in done.stderr
+    assert heads.leftovers() == []
+    assert heads.json("trunk", "list")["trunks"] == []
