@@ -180,6 +180,14 @@ class Nodes:
         """Hold every change of data; returns when none is under way. Closes nest."""
     def gate_open(self) -> None:
         """Undo one gate_close. ValueError if the gate is open."""
+    def prepare_restack(self, ino: int, size: int, sources: Sequence[SourceTuple], /) -> None:
+        """Take what a registered file needs to have other sources that hold the same; ``size`` is
+        that of the version below its object. Others that were prepared stay so. OSError."""
+    def cancel_restack(self) -> None:
+        """Give it back. Idempotent."""
+    def restack(self) -> None:
+        """Let all files that were prepared have their new sources, while they are in use. Nothing
+        refers to the old descriptors afterwards. Does not fail."""
     def prepare_seal(self, label: str, /) -> None:
         """Take the memory that a seal needs, for all objects of now. The gate has to be closed, and
         nothing may be attached before ``seal`` or ``cancel_seal``. ``label`` names the layer in log

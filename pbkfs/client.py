@@ -91,6 +91,11 @@ class _Remote:
         del say
         return self._post(name, "restart")
 
+    def flatten(self, name: str, say: object = None) -> HeadView:
+        """Fold all sealed layers below a head into one."""
+        del say
+        return self._post(name, "flatten")
+
 
 class RemoteBranches(_Remote):
     """The operations on branches."""

@@ -18,8 +18,9 @@
 struct nodes_object {
     PyObject_HEAD
     struct pbk_nodes *nodes;
-    PyObject *journals;    /* list: the current one is the last, but an fsync may still work with those before */
-    struct pbk_seal *seal; /* prepared, or NULL */
+    PyObject *journals;          /* list: the current one is the last, but an fsync may still work with those before */
+    struct pbk_seal *seal;       /* prepared, or NULL */
+    struct pbk_restack *restack; /* prepared, or NULL */
     bool is_closed;
     unsigned n_idle;
     struct pbk_ctx *idle[MAX_IDLE_CTX];
@@ -86,6 +87,7 @@ static void nodes_dealloc(struct nodes_object *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     pbk_nodes_cancel_seal(self->seal);
+    pbk_nodes_cancel_restack(self->restack);
     pbk_nodes_free(self->nodes);
     while (self->n_idle > 0)
         pbk_ctx_free(self->idle[--self->n_idle]);
@@ -106,6 +108,8 @@ static PyObject *nodes_close(struct nodes_object *self, PyObject *Py_UNUSED(unus
     self->is_closed = true;
     pbk_nodes_cancel_seal(self->seal);
     self->seal = NULL;
+    pbk_nodes_cancel_restack(self->restack);
+    self->restack = NULL;
     Py_BEGIN_ALLOW_THREADS
     pbk_nodes_clear(self->nodes);
     Py_END_ALLOW_THREADS
@@ -251,7 +255,11 @@ static int parse_source(PyObject *source, struct pbk_source_spec *spec, char obj
     return 0;
 }
 
-static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
+typedef int (*sources_taker)(struct nodes_object *, uint64_t ino, uint64_t size, const struct pbk_source_spec *,
+                             unsigned);
+
+/* Calls take with what args, (ino, size, sources), say. */
+static PyObject *with_sources(struct nodes_object *self, PyObject *args, sources_taker take)
 {
     uint64_t ino;
     uint64_t size;
@@ -259,7 +267,7 @@ static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
     PyObject *result = NULL;
     struct pbk_source_spec *specs = NULL;
     char (*object_paths)[32] = NULL;
-    if (!PyArg_ParseTuple(args, "O&O&O:add", pbk_binding_u64, &ino, pbk_binding_u64, &size, &sources) || !is_open(self))
+    if (!PyArg_ParseTuple(args, "O&O&O", pbk_binding_u64, &ino, pbk_binding_u64, &size, &sources) || !is_open(self))
         return NULL;
     /* The specs borrow from the tuples, which this keeps. */
     PyObject *list = PySequence_Fast(sources, "sources is not a sequence");
@@ -279,7 +287,7 @@ static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
     for (Py_ssize_t i = 0; i < n; i++)
         if (!parse_source(PySequence_Fast_GET_ITEM(list, i), &specs[i], object_paths[i]))
             goto out;
-    int err = pbk_nodes_add(self->nodes, ino, size, specs, (unsigned)n);
+    int err = take(self, ino, size, specs, (unsigned)n);
     if (err)
         pbk_binding_fail(err, err == -EINVAL ? "sources make no sense" : NULL);
     else
@@ -289,6 +297,48 @@ out:
     PyMem_Free(object_paths);
     Py_DECREF(list);
     return result;
+}
+
+static int take_for_add(struct nodes_object *self, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
+                        unsigned n)
+{
+    return pbk_nodes_add(self->nodes, ino, size, specs, n);
+}
+
+static PyObject *nodes_add(struct nodes_object *self, PyObject *args)
+{
+    return with_sources(self, args, take_for_add);
+}
+
+static int take_for_restack(struct nodes_object *self, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
+                            unsigned n)
+{
+    return pbk_nodes_prepare_restack(self->nodes, ino, size, specs, n, &self->restack);
+}
+
+static PyObject *nodes_prepare_restack(struct nodes_object *self, PyObject *args)
+{
+    return with_sources(self, args, take_for_restack);
+}
+
+static PyObject *nodes_cancel_restack(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    struct pbk_restack *restack = self->restack;
+    self->restack = NULL;
+    pbk_nodes_cancel_restack(restack);
+    Py_RETURN_NONE;
+}
+
+static PyObject *nodes_restack(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    struct pbk_restack *restack = self->restack;
+    if (!is_open(self))
+        return NULL;
+    self->restack = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    pbk_nodes_restack(restack);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 struct bitmap {
@@ -1045,6 +1095,9 @@ static PyMethodDef methods[] = {
     {"drop_indexes", (PyCFunction)nodes_drop_indexes, METH_NOARGS, "Drop all loaded page indexes; bytes freed."},
     {"gate_close", (PyCFunction)nodes_gate_close, METH_NOARGS, "Hold all changes; returns when none is under way."},
     {"gate_open", (PyCFunction)nodes_gate_open, METH_NOARGS, "Let changes pass again."},
+    {"prepare_restack", (PyCFunction)nodes_prepare_restack, METH_VARARGS, "Take what new sources of a file need."},
+    {"cancel_restack", (PyCFunction)nodes_cancel_restack, METH_NOARGS, "Give that back."},
+    {"restack", (PyCFunction)nodes_restack, METH_NOARGS, "The files that were prepared get their new sources."},
     {"prepare_seal", (PyCFunction)nodes_prepare_seal, METH_O, "Take what a seal needs; the gate is closed."},
     {"cancel_seal", (PyCFunction)nodes_cancel_seal, METH_NOARGS, "Give that back."},
     {"seal", (PyCFunction)nodes_seal, METH_VARARGS, "All objects become what is below; go on in another layer."},

@@ -82,7 +82,7 @@ struct pbk_node {
     atomic_uint_fast64_t n_reads;   /* how much the file is in use */
     atomic_uint_fast64_t n_changes; /* the same; counted at the end of a change */
 
-    /* Reads, writes and syncs hold it shared, truncate, punch, attach and seal exclusively. */
+    /* Reads, writes and syncs hold it shared, truncate, punch, attach, seal and restack exclusively. */
     pthread_rwlock_t lock;
     atomic_uint_fast64_t size;  /* grows under the shared lock, shrinks under the exclusive one */
     struct pbk_object *object;  /* node lock */
@@ -90,7 +90,7 @@ struct pbk_node {
     unsigned n_sealed;          /* node lock */
     struct pbk_source **sealed; /* node lock: what was the object once, oldest first; they lie above the sources */
 
-    /* Constant. */
+    /* node lock */
     uint64_t sources_size; /* size of the version that the sources are */
     unsigned n_sources;
     unsigned first_pages; /* sources from here on are of kind PAGES and are found through the index */
@@ -173,6 +173,10 @@ static inline bool object_has_changed(const struct pbk_object *object, uint64_t 
 }
 
 /* nodes.c */
+
+/* What fails half-way leaves *n_sources of them, to be destroyed, and the array, to be freed. */
+int node_make_sources(const struct pbk_source_spec *specs, unsigned n_specs, struct pbk_source **sources,
+                      unsigned *n_sources, unsigned *first_pages);
 struct pbk_store node_store(struct pbk_nodes *nodes);
 void node_free_object(struct pbk_nodes *nodes, struct pbk_object *object);
 

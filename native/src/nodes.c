@@ -270,10 +270,31 @@ static int check_order(const struct pbk_source_spec *specs, unsigned n_specs)
     return 0;
 }
 
+int node_make_sources(const struct pbk_source_spec *specs, unsigned n_specs, struct pbk_source **sources,
+                      unsigned *n_sources, unsigned *first_pages)
+{
+    if (n_specs > PBK_MAX_SOURCES || check_order(specs, n_specs) != 0)
+        return -EINVAL;
+    int err = 0;
+    *first_pages = n_specs;
+    if (n_specs > 0) {
+        *sources = calloc(n_specs, sizeof(**sources));
+        if (*sources == NULL)
+            err = -ENOMEM;
+    }
+    for (unsigned i = 0; err == 0 && i < n_specs; i++) {
+        err = pbk_source_init(&(*sources)[i], &specs[i]);
+        *n_sources = i + 1;
+        if (specs[i].kind == PBK_SOURCE_PAGES && i < *first_pages)
+            *first_pages = i;
+    }
+    return err;
+}
+
 int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
                   unsigned n_specs)
 {
-    if (size > INT64_MAX || n_specs > PBK_MAX_SOURCES || check_order(specs, n_specs) != 0)
+    if (size > INT64_MAX)
         return -EINVAL;
     struct pbk_node *node = calloc(1, sizeof(*node));
     if (node == NULL)
@@ -286,19 +307,7 @@ int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const st
     atomic_init(&node->size, size);
     pthread_rwlock_init(&node->lock, NULL);
     pthread_mutex_init(&node->load_lock, NULL);
-    int err = 0;
-    if (n_specs > 0) {
-        node->sources = calloc(n_specs, sizeof(*node->sources));
-        if (node->sources == NULL)
-            err = -ENOMEM;
-    }
-    node->first_pages = n_specs;
-    for (unsigned i = 0; err == 0 && i < n_specs; i++) {
-        err = pbk_source_init(&node->sources[i], &specs[i]);
-        node->n_sources = i + 1;
-        if (specs[i].kind == PBK_SOURCE_PAGES && i < node->first_pages)
-            node->first_pages = i;
-    }
+    int err = node_make_sources(specs, n_specs, &node->sources, &node->n_sources, &node->first_pages);
     if (err) {
         free_node(node);
         return err;

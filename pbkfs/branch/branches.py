@@ -86,6 +86,7 @@ class Branches:
                 with life.locked(parent) as source:
                     head = self._insert(head_id, name, source, auth, lifetime, idle_stop_s, tags)
                     begun(head)
+                    life.flatten_deep(source, say, n_more=1)
                     say(f"branching from {parent}")
                     with life.locks.hold(LAYERS, what="the layers", shared=True):
                         notes, has_replaced = self._clone(source, head)
@@ -334,6 +335,21 @@ class Branches:
             )
             tx.record(head, "reset")
         life.collect()
+
+    def flatten(self, name: str, kind: Kind = "branch", say: Say = say_nothing) -> HeadView:
+        """Fold all sealed layers below a head into one.
+
+        What was branched from it keeps the layers that it refers to. Raises UnknownHeadError,
+        WrongStateError.
+        """
+        life = self._life
+        with life.locked(name, kind) as head:
+            life.check_is_whole(head)
+            if head.status not in ("running", "stopped", "error"):
+                raise WrongStateError(f"{kind} {name!r} is {head.status}")
+            say(f"folding layers of {name}")
+            before, after = life.flatten(head)
+        return life.view_one(head, [f"{before} layers, now {after}"])
 
     def rename(self, name: str, new_name: str) -> HeadView:
         """Give a branch another name; nothing else changes, its server runs on."""

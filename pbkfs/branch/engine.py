@@ -7,6 +7,7 @@ their ids, and nothing of names, servers or the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +54,10 @@ class Size:
         return self.own_bytes + self.shared_bytes
 
 
+TryLock = Callable[[str], AbstractContextManager[bool]]
+"""Tries to lock the head of an id, and says whether it is locked inside of ``with``."""
+
+
 class Engine(Protocol):
     """Storage of heads. Every method blocks; none is called for the same head at the same time."""
 
@@ -90,6 +95,18 @@ class Engine(Protocol):
         """Take a head that is not mounted back to the point; empty: to its base.
 
         Interrupted, it has to be done again before the head is used.
+        """
+        ...
+
+    def n_layers(self, head_id: str) -> int:
+        """Return how much lies one upon the other below a head; 0 where that costs nothing."""
+        ...
+
+    def flatten(self, head_id: str, limit: int, lock: TryLock) -> int:
+        """Let that be ``limit`` at most, without any other change; returns what it is then.
+
+        The caller has the head's lock, and sees to it that nothing is collected; other heads are
+        changed while ``lock`` says that theirs is held. Raises PbkfsError; the head is sound then.
         """
         ...
 

@@ -17,6 +17,7 @@ it runs, and a rename must not stop it.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,22 +108,41 @@ class Layout:
         return self.head(head_id) / "log" / "postgres.log"
 
 
-def disk_bytes(path: Path) -> int:
+Inode = tuple[int, int]
+"""Device and number: what several hard links have in common."""
+
+
+def disk_bytes(path: Path, seen: set[Inode] | None = None) -> int:
     """Return what ``path`` and all below it take on the disk, as ``du`` counts it; 0 if it is gone.
 
-    Hard links are counted each time: there are none here.
+    A file with several names counts once, and not at all if it is in ``seen``, to which it is
+    added.
     """
-    try:
-        total = os.lstat(path).st_blocks * 512
-        entries = list(os.scandir(path)) if path.is_dir() and not path.is_symlink() else []
-    except FileNotFoundError:
-        return 0
-    for entry in entries:
-        try:
-            if entry.is_dir(follow_symlinks=False):
-                total += disk_bytes(Path(entry.path))
-            else:
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-        except FileNotFoundError:
-            continue  # removed meanwhile
+    seen = set() if seen is None else seen
+    total, linked = measure(path)
+    total += sum(n_bytes for inode, n_bytes in linked.items() if inode not in seen)
+    seen.update(linked)
     return total
+
+
+def measure(path: Path) -> tuple[int, dict[Inode, int]]:
+    """Return what ``path`` and all below it take on the disk: what has one name, and the rest.
+
+    The rest is files with several names, perhaps elsewhere: layers that were folded share objects.
+    """
+    total, linked = 0, {}
+    try:
+        found = os.lstat(path)
+        is_directory = stat.S_ISDIR(found.st_mode)
+        entries = list(os.scandir(path)) if is_directory else []
+    except FileNotFoundError:
+        return 0, {}
+    if is_directory or found.st_nlink == 1:
+        total = found.st_blocks * 512
+    else:
+        linked[found.st_dev, found.st_ino] = found.st_blocks * 512
+    for entry in entries:
+        below, more = measure(Path(entry.path))
+        total += below
+        linked.update(more)
+    return total, linked

@@ -126,6 +126,7 @@ class Lifecycle:
             begun = "wake" if head.is_asleep else "start"
             self.store.update(head.id, status="starting", operation=begun, error="", is_wanted=1)
         self.serving.make_password(head)
+        self.flatten_deep(head, say)
         self.engine.mount(head.id)
         if head.started_at is None:
             # Before the first start of this data; a slot that is made on the head itself stays.
@@ -277,6 +278,47 @@ class Lifecycle:
         with self.store.transaction() as tx:
             tx.delete(head.id)
             tx.record(head, what)
+
+    def flatten(self, head: Head, limit: int = 1) -> tuple[int, int]:
+        """Let at most ``limit`` sealed layers lie below a head; returns how many did, and do.
+
+        Raises PbkfsError; the head is as sound as before.
+        """
+        before = self.engine.n_layers(head.id)
+        if before <= limit:
+            return before, before
+        try:
+            with self.locks.hold(LAYERS, what="the layers", shared=True):
+                after = self.engine.flatten(head.id, limit, self._try_lock)
+        finally:
+            self.collect(wait_s=0)
+        with self.store.transaction() as tx:
+            tx.record(head, "flattened", f"from {before} layers to {after}")
+        return before, after
+
+    def flatten_deep(self, head: Head, say: Say, *, n_more: int = 0) -> None:
+        """Do that where more layers lie below a head than the settings allow, with ``n_more``.
+
+        Half of them stay, so that it does not come back at once. What keeps it from being done is
+        for the log: a deep stack is only a slow one.
+        """
+        limit = self.settings.max_layers
+        try:
+            if self.engine.n_layers(head.id) + n_more > limit:
+                say(f"folding layers of {head.name}")
+                self.flatten(head, max(1, limit // 2))
+        except PbkfsError as error:
+            logger.warning("%s %s stays deep: %s", head.kind, head.name, error.message)
+
+    @contextlib.contextmanager
+    def _try_lock(self, head_id: str) -> Iterator[bool]:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.locks.hold(head_id, what="a head", wait_s=0))
+            except BusyError:
+                yield False
+                return
+            yield True
 
     def collect(self, wait_s: float = 10.0) -> list[str]:
         """Delete layers and points that nobody refers to any more.

@@ -17,21 +17,22 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pbkfs import durable
-from pbkfs.branch.engine import BaseSource, Cloned, Size
-from pbkfs.branch.layout import Layout, disk_bytes
+from pbkfs.branch.engine import BaseSource, Cloned, Size, TryLock
+from pbkfs.branch.layout import Inode, Layout, disk_bytes, measure
 from pbkfs.branch.serving import free_of_holders
 from pbkfs.config import DEFAULT_INDEX_BYTES
-from pbkfs.errors import DiffError, HostError, NotRunningError, PbkfsError
-from pbkfs.mount import ending, launch, sealing
+from pbkfs.errors import BusyError, DiffError, HostError, NotRunningError, PbkfsError
+from pbkfs.mount import ending, flattening, launch, sealing
 from pbkfs.mount.binding import read_binding, write_binding
 from pbkfs.mount.mounts import find_mountpoint
 from pbkfs.mount.opening import open_mount
 from pbkfs.mount.request import MountRequest
 from pbkfs.mount.target import find_target, state_of
+from pbkfs.overlay.folding import Folded, find_run, read_layers, replace_run
 from pbkfs.overlay.layer import Layer
 from pbkfs.overlay.superblock import NAME as SUPERBLOCK
 from pbkfs.overlay.superblock import LayerRef, Superblock, new_superblock, read_superblock
@@ -207,6 +208,58 @@ class OverlayEngine:
             durable.on_step("branch:reset")
             self._write_superblock(head, dataclasses.replace(mine, layers=layers))
 
+    # --- flattening -----------------------------------------------------------------------------
+
+    def n_layers(self, head_id: str) -> int:
+        """Return how many sealed layers lie below a head."""
+        return len(read_superblock(self._layout.head(head_id)).layers)
+
+    def flatten(self, head_id: str, limit: int, lock: TryLock) -> int:
+        """Fold layers of a head until ``limit`` are left; returns how many there are then.
+
+        What is folded is put into the place of the same layers of other heads and of points, too,
+        as far as these have all of them; who has only some keeps them.
+        """
+        head = self._layout.head(head_id)
+        with _host_errors(head):
+            while (run := self._choose_run(head, limit)) is not None:
+                layers = read_layers(head)[run.start :]
+                n_newest = run.stop - run.start
+                target = self._layout.layer(str(uuid.uuid4()))
+                folded = flattening.make_fold(head, layers, n_newest, target)
+                flattening.put_fold(head, layers[:n_newest], folded)
+                self._put_elsewhere(head_id, layers[:n_newest], folded, lock)
+        return self.n_layers(head_id)
+
+    def _choose_run(self, head: Path, limit: int) -> slice | None:
+        layers = read_layers(head)
+        if len(layers) <= limit:
+            return None
+        users: dict[Path, set[Path]] = {}
+        for path, superblock in {**self._readable_heads(), **self._points()}.items():
+            for layer in _layers_of(path, superblock):
+                users.setdefault(layer, set()).add(path)
+        paths = [Path(ref.path) for ref in layers]
+        return choose_run(
+            [frozenset(users.get(path, ())) for path in paths],
+            [max(disk_bytes(path / "objects"), 1) for path in paths],
+            limit,
+        )
+
+    def _put_elsewhere(
+        self, head_id: str, run: Sequence[LayerRef], folded: Folded, lock: TryLock
+    ) -> None:
+        for path in self._points():
+            replace_run(path, run, folded.layer)
+        for path in self._readable_heads():
+            if path.name == head_id or find_run(read_layers(path), run) is None:
+                continue
+            with lock(path.name) as is_ours:
+                if is_ours:
+                    # One that can't be changed now keeps the layers that it has.
+                    with contextlib.suppress(BusyError, FileNotFoundError):
+                        flattening.put_fold(path, run, folded)
+
     # --- deleting -------------------------------------------------------------------------------
 
     def destroy(self, head_id: str) -> None:
@@ -271,9 +324,17 @@ class OverlayEngine:
             return is_used or _head_id(path) in known_ids
 
         removed = [path for paths in found.values() for path in paths if not is_kept(path)]
+        # What a head was in the beginning, and nobody has as a layer any more.
+        removed += [
+            head / part
+            for head in found[self._layout.heads]
+            if head in heads and head not in used
+            for part in _LAYER_PARTS
+            if (head / part).exists()
+        ]
         for path in removed:
             _remove(path)
-        return [f"{path.parent.name}/{path.name}" for path in removed]
+        return [str(path.relative_to(self._layout.root)) for path in removed]
 
     def _heads(self) -> dict[Path, Superblock]:
         return dict(_superblocks(self._layout.heads))
@@ -299,12 +360,12 @@ class OverlayEngine:
         """Return own and shared bytes of every head."""
         own, shared = {}, {}
         heads = self._readable_heads()
+        layers = self._references(heads)
         for path in heads:
-            own[path.name] = disk_bytes(path) + disk_bytes(self._layout.secret(path.name))
+            own[path.name] = _bytes_beside(path, _LAYER_PARTS if path in layers else ())
+            own[path.name] += disk_bytes(self._layout.secret(path.name))
             shared[path.name] = 0
-        for n_bytes, users, inside in self._parts(heads, points):
-            if inside in own:
-                own[inside] -= n_bytes
+        for n_bytes, users in self._parts(heads, points):
             for user in users & own.keys():
                 if len(users) == 1:
                     own[user] += n_bytes
@@ -315,24 +376,67 @@ class OverlayEngine:
     def shared_bytes(self, points: Mapping[str, Collection[str]]) -> int:
         """Return what several heads refer to, each byte once."""
         parts = self._parts(self._readable_heads(), points)
-        return sum(n_bytes for n_bytes, users, _ in parts if len(users) > 1)
+        return sum(n_bytes for n_bytes, users in parts if len(users) > 1)
 
     def _parts(
         self, heads: Mapping[Path, Superblock], points: Mapping[str, Collection[str]]
-    ) -> Iterator[tuple[int, set[str], str]]:
-        """Yield (bytes, heads that refer to it, head whose directory it is in or nothing)."""
+    ) -> Iterator[tuple[int, set[str]]]:
+        """Yield (bytes, heads that refer to it)."""
         users: dict[Path, set[str]] = {}
         for path, superblock in heads.items():
             for layer in _layers_of(path, superblock):
                 users.setdefault(layer, set()).add(path.name)
+        # Objects of several layers: each is referred to by all that refer to one of these.
+        linked: dict[Inode, tuple[int, set[str]]] = {}
         for layer, names in users.items():
+            parts = [layer]
             if layer.parent == self._layout.heads:
-                n_bytes = sum(disk_bytes(layer / part) for part in _LAYER_PARTS)
-                yield n_bytes, names, layer.name
-            else:
-                yield disk_bytes(layer), names, ""
+                parts = [layer / part for part in _LAYER_PARTS]
+            for part in parts:
+                n_bytes, more = measure(part)
+                yield n_bytes, names
+                for inode, n_linked in more.items():
+                    linked.setdefault(inode, (n_linked, set()))[1].update(names)
+        yield from linked.values()
         for point, owners in points.items():
-            yield disk_bytes(self._layout.point(point)), set(owners), ""
+            yield disk_bytes(self._layout.point(point)), set(owners)
+
+
+def _bytes_beside(head: Path, parts: Collection[str]) -> int:
+    """Return what a head's directory takes without these parts of it."""
+    if not parts:
+        return disk_bytes(head)
+    below = sum(disk_bytes(path) for path in head.iterdir() if path.name not in parts)
+    return below + os.lstat(head).st_blocks * 512
+
+
+def choose_run(users: Sequence[frozenset[Path]], sizes: Sequence[int], limit: int) -> slice | None:
+    """Return which layers of a stack, newest first, to fold next; None: there are ``limit``.
+
+    All where one is to be left. Those that the same superblocks name come first, because then all
+    these have fewer, and the old ones go. Else as many of the newest as are too many. Layers that
+    outweigh all that is newer are spared where that is possible: the few files that most changes
+    are in would be copied whole each time.
+    """
+    if len(users) <= limit:
+        return None
+    if limit == 1:
+        return slice(0, len(users))
+    best = slice(0, 0)
+    start = 0
+    for index in range(1, len(users) + 1):
+        if index == len(users) or users[index] != users[start]:
+            if index - start > best.stop - best.start:
+                best = slice(start, index)
+            start = index
+    if best.stop - best.start < 2:
+        best = slice(0, len(users) - limit + 1)
+    stop = best.stop
+    while (
+        limit > 1 and stop - best.start > 2 and sizes[stop - 1] > sum(sizes[best.start : stop - 1])
+    ):
+        stop -= 1
+    return slice(best.start, stop)
 
 
 def _head_id(path: Path) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pbkfs
 from pbkfs.branch.branches import Branches
 from pbkfs.branch.engine import Engine
-from pbkfs.branch.layout import Layout, disk_bytes
+from pbkfs.branch.layout import Inode, Layout, disk_bytes
 from pbkfs.branch.lifecycle import Lifecycle
 from pbkfs.branch.locks import Locks
 from pbkfs.branch.overlay import OverlayEngine
@@ -65,8 +65,11 @@ class Service:
         views = self.life.view(with_sizes=False)
         trunks = [view for view in views if view.head.kind == "trunk"]
         branches = [view for view in views if view.head.kind == "branch"]
+        seen: set[Inode] = set()
         used = sum(
-            disk_bytes(path) for path in self.layout.root.iterdir() if path != self.layout.mounts
+            disk_bytes(path, seen)
+            for path in self.layout.root.iterdir()
+            if path != self.layout.mounts
         )
         points = self.life.point_users([view.head for view in views])
         return Overview(

@@ -40,6 +40,7 @@ class Settings:
     wal_level: str = "replica"
     max_branches: int = 50
     max_depth: int = 10
+    max_layers: int = 32
     reaper_interval_s: float = 30.0
 
 
@@ -79,6 +80,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         ),
         max_branches=reader.number("MAX_BRANCHES", 50, 0, 1_000_000),
         max_depth=reader.number("MAX_DEPTH", 10, 1, 1000),
+        max_layers=reader.number("MAX_LAYERS", 32, 1, 1000),
         reaper_interval_s=reader.duration("REAPER_INTERVAL", 30.0),
     )
     if found.port_range_start > found.port_range_end:

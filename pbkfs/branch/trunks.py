@@ -281,6 +281,10 @@ class Trunks:
             head = self._life.start(self._life.stop(head), say)
         return self._life.view_one(head)
 
+    def flatten(self, name: str, say: Say = say_nothing) -> HeadView:
+        """Fold all sealed layers below a trunk into one."""
+        return self._branches.flatten(name, "trunk", say=say)
+
     def destroy(self, name: str, *, recursive: bool = False, say: Say = say_nothing) -> list[str]:
         """Remove a trunk and, if told so, its branches; returns the names of what is gone.
 

@@ -213,6 +213,18 @@ def reset(name: str, yes: bool, output: str) -> None:
     heads.echo_ready(view, output)
 
 
+@command.command("flatten")
+@name_argument
+def flatten(name: str) -> None:
+    """Fold the sealed layers below a branch into one; it shows what it did.
+
+    This happens by itself from PBKFS_MAX_LAYERS layers on (32).
+    """
+    with heads.service() as service, heads.progress() as say:
+        view = service.branches.flatten(name, say=say)
+    click.echo(f"Flattened branch {name!r}" + "".join(f": {note}" for note in view.notes))
+
+
 @command.command("rename")
 @name_argument
 @click.argument("new_name")

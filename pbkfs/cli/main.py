@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stat": ("pbkfs.cli.stat", "Show what a mount holds, costs and does."),
     "hydrate": ("pbkfs.cli.hydrate", "Bring the whole backup into the diff, in the background."),
     "detach": ("pbkfs.cli.detach", "End a mount as a plain PGDATA that needs pbkfs no more."),
+    "flatten": ("pbkfs.cli.flatten", "Fold the sealed layers below a diff into one."),
     "cleanup": ("pbkfs.cli.cleanup", "Delete a diff, and with it all changes made on its mount."),
     "check": ("pbkfs.cli.check", "Check a diff that is not mounted; changes nothing."),
     "backups": ("pbkfs.cli.backups", "List a store's backups and whether they can be mounted."),

@@ -210,6 +210,18 @@ def restart(name: str, output: str) -> None:
     heads.echo_ready(view, output)
 
 
+@command.command("flatten")
+@name_argument
+def flatten(name: str) -> None:
+    """Fold the sealed layers below a trunk into one; it shows what it did.
+
+    This happens by itself from PBKFS_MAX_LAYERS layers on (32).
+    """
+    with heads.service() as service, heads.progress() as say:
+        view = service.trunks.flatten(name, say=say)
+    click.echo(f"Flattened trunk {name!r}" + "".join(f": {note}" for note in view.notes))
+
+
 @command.command("destroy")
 @name_argument
 @click.option("-r", "--recursive", is_flag=True, help="Also without a question about branches.")

@@ -172,7 +172,7 @@ class Sealer:
             with trio.CancelScope(shield=True), _host_errors(self._diff):
                 answer = await self._seal(Path(request["live"]), made, hold=bool(request["hold"]))
         except BrokenSealError as error:
-            _end_worker(error)
+            end_worker(error)
         finally:
             self._hydrator.resume(is_wanted=was_hydrating)
         return answer
@@ -250,7 +250,8 @@ class Sealer:
             ) from error
 
 
-def _end_worker(error: BrokenSealError) -> NoReturn:
+def end_worker(error: BrokenSealError) -> NoReturn:
+    """End this process at once: the disk has another stack than it has in memory."""
     logger.critical("%s; the worker ends, mount the diff again", error)
     logging.shutdown()
     os._exit(1)

@@ -25,7 +25,18 @@ DETACH = "detach.json"
 # The journal goes first: without it the rest can't be mounted by mistake when the deletion is
 # interrupted. The superblock goes last but for the lock: with it, cleanup still knows a diff.
 _LAYER = ("journal", "objects")
-_ORDER = ("journal", DETACH, "objects", "pg_wal.new", "pg_wal", "log", control.NAME, binding.NAME)
+LAYERS = "layers"
+_ORDER = (
+    "journal",
+    DETACH,
+    "objects",
+    LAYERS,
+    "pg_wal.new",
+    "pg_wal",
+    "log",
+    control.NAME,
+    binding.NAME,
+)
 
 
 def wipe(diff: Path, *, keeps_layer: bool = False) -> list[str]:
@@ -38,7 +49,7 @@ def wipe(diff: Path, *, keeps_layer: bool = False) -> list[str]:
     superblock = _read_superblock(diff)
     if superblock is not None and superblock.live != ".":
         _wipe_layer(diff / superblock.live)
-    kept = _LAYER if keeps_layer else ()
+    kept = (*_LAYER, LAYERS) if keeps_layer else ()
     for name in _ORDER:
         if name not in kept:
             _remove(diff / name)
@@ -51,11 +62,13 @@ def wipe(diff: Path, *, keeps_layer: bool = False) -> list[str]:
 
 
 def holds_layer(diff: Path) -> bool:
-    """Return whether a sealed layer lies in the diff's own directory: others may lie upon it."""
+    """Return whether a sealed layer lies inside of the diff's directory: others may lie upon it."""
     superblock = _read_superblock(diff)
     if superblock is None:
         return False
-    return any(os.path.normpath(diff / ref.path) == str(diff) for ref in superblock.layers)
+    return any(
+        Path(os.path.normpath(diff / ref.path)).is_relative_to(diff) for ref in superblock.layers
+    )
 
 
 def _read_superblock(diff: Path) -> Superblock | None:

@@ -26,6 +26,7 @@ from pbkfs.config import START_LIMIT_S
 from pbkfs.errors import BusyError, PbkfsError
 from pbkfs.mount import binding, control, holders, mounts, process, statistics, wal
 from pbkfs.mount.binding import Binding
+from pbkfs.mount.flattening import Restacker
 from pbkfs.mount.hydrating import Hydrator
 from pbkfs.mount.opening import OpenMount, host_errors, now
 from pbkfs.mount.owner import host_name, this_process
@@ -251,6 +252,7 @@ class Worker:
             "hydrate": self._on_hydrate,
             "hydration": self._on_hydration,
             "seal": self._on_seal,
+            "restack": self._on_restack,
         }
         return {op: self._counted(handler) for op, handler in handlers.items()}
 
@@ -408,6 +410,16 @@ class Worker:
             return await Sealer(
                 opened.tree, opened.diff_path, opened.place.path, self.hydrator
             ).seal(request)
+
+    async def _on_restack(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._session is not None
+        assert self._unmounting is not None
+        async with self._unmounting:
+            opened = self.opened
+            if self._session.is_closed:
+                raise BusyError(f"diff {opened.diff_path} is being unmounted")
+            restacker = Restacker(opened.tree, opened.diff_path, self.hydrator)
+            return await restacker.restack(request)
 
     def writeback(self) -> Writeback:
         """Return what the kernel may hold back, and what is kept for it."""

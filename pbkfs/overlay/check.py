@@ -233,7 +233,9 @@ def _count_bits(bitmap: bytes) -> int:
 
 
 # What a diff's directory holds besides its parts of this package: ``mount`` puts it there.
-_OTHERS = frozenset({"lock", "binding.json", "control.sock", "log", "pg_wal", "lost+found"})
+_OTHERS = frozenset(
+    {"lock", "binding.json", "control.sock", "layers", "log", "pg_wal", "lost+found"}
+)
 
 
 def _check_directory(report: Report) -> None:

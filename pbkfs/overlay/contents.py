@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from pbkfs import _native
 from pbkfs.overlay import journal as records
@@ -337,6 +337,25 @@ class Contents:
                 self.close_idle(file)
         # Their removal is durable: the sealed journal is.
         self._doomed = {key: (0, ino) for key, (_, ino) in self._doomed.items()}
+
+    def prepare_restack(self, files: Iterable[File]) -> None:
+        """Take what the native half needs to read below ``files`` what their pieces say now.
+
+        Raises OSError; ``nodes.cancel_restack`` gives it back.
+        """
+        for file in files:
+            if not self.nodes.has(file.ino):
+                continue
+            piece = self._stack.live_piece(file)
+            if piece is not None and not piece.is_mapped:
+                self.nodes.prepare_restack(file.ino, 0, ())
+            else:
+                self._stack.load(file)
+                self.nodes.prepare_restack(file.ino, file.size, self._stack.sources(file))
+
+    def forget_layers(self, layers: Collection[Layer]) -> None:
+        """Take note that nothing refers to these sealed layers any more."""
+        self._doomed = {key: found for key, found in self._doomed.items() if key[0] not in layers}
 
     def sync_all(self) -> None:
         """Make all contents durable. Raises the first OSError, after trying all files.

@@ -17,7 +17,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.objects import object_path
 from pbkfs.overlay.replay import Replay
 from pbkfs.overlay.stack import LayerStack, count_blocks
-from pbkfs.overlay.superblock import LayerRef, read_superblock
+from pbkfs.overlay.superblock import LayerRef, Superblock, read_superblock
 from pbkfs.overlay.wal_copy import copy_bytes
 
 # A directory of objects has up to this many before the next one is made: each costs 4 KiB and an
@@ -52,11 +52,19 @@ _OBJECTS_PER_DIRECTORY = 64
 _NO_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
 
 
+Origins = Mapping[tuple[uuid.UUID, int], tuple[int, bool]]
+
+
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A layer made by a fold. ``layer`` has an absolute path."""
+    """A layer made by a fold. ``layer`` has an absolute path.
+
+    ``origins`` has all its objects: of each the newest of those that it was made of, and from that
+    its id, and whether it is mapped.
+    """
 
     layer: LayerRef
+    origins: Origins
     n_linked: int
     n_copied: int
     copied_bytes: int
@@ -106,17 +114,24 @@ def replace_run(diff: Path, run: Sequence[LayerRef], by: LayerRef) -> bool:
     Returns False, and changes nothing, if it does not name them side by side. The one rename that
     this is leaves the old stack or the new one, both complete. Raises OSError, DiffError.
     """
-    superblock = read_superblock(diff)
+    changed = put_into(read_superblock(diff), diff, run, by)
+    if changed is not None:
+        changed.write(diff, label="fold:superblock")
+    return changed is not None
+
+
+def put_into(
+    superblock: Superblock, diff: Path, run: Sequence[LayerRef], by: LayerRef
+) -> Superblock | None:
+    """Return the superblock of ``diff`` with ``by`` instead of ``run``; None if it has no such."""
     index = find_run(superblock.layers, run)
     if index is None:
-        return False
+        return None
     path = Path(by.path)
     # What lies inside of a diff can be moved with it.
     named = str(path.relative_to(diff)) if path.is_relative_to(diff) else by.path
     above, below = superblock.layers[:index], superblock.layers[index + len(run) :]
-    changed = (*above, LayerRef(by.uuid, named), *below)
-    dataclasses.replace(superblock, layers=changed).write(diff, label="fold:superblock")
-    return True
+    return dataclasses.replace(superblock, layers=(*above, LayerRef(by.uuid, named), *below))
 
 
 class _Records:
@@ -201,6 +216,7 @@ class _Fold:
         self.making = target.with_name(f".{target.name}.fold")
         self._directories: set[int] = set()
         self._maps: dict[int, PageMap] = {}
+        self._origins: dict[tuple[uuid.UUID, int], tuple[int, bool]] = {}
         self._n_linked = self._n_copied = self._copied_bytes = 0
 
     def run(self) -> Folded:
@@ -217,6 +233,8 @@ class _Fold:
             pieces = [piece for piece in file.pieces if piece.layer >= self._first]
             if isinstance(record, records.CopyUp):
                 record.is_mapped = pieces[-1].is_mapped
+            newest = self._stack.layers[pieces[0].layer].uuid, pieces[0].object_id
+            self._origins[newest] = record.object_id, pieces[-1].is_mapped
             self._make_directory(record.object_id & 255)
             if len(pieces) == 1:
                 self._share(record.object_id, pieces[0])
@@ -239,6 +257,7 @@ class _Fold:
             raise
         return Folded(
             LayerRef(layer_id, str(self._target)),
+            self._origins,
             self._n_linked,
             self._n_copied,
             self._copied_bytes,

@@ -382,6 +382,16 @@ class Layer:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
+    def retire(self) -> None:
+        """Close the descriptors of a sealed layer that no stack has any more.
+
+        The journal stays: an fsync that was begun before the seal may still look whether its
+        records are durable. They all are, so that needs no descriptor.
+        """
+        journal = self._journal
+        self.close()
+        self._journal = journal
+
     def close(self) -> None:
         """Close the descriptors; makes nothing durable. Idempotent."""
         self._journal = None

@@ -131,7 +131,7 @@ class Seal:
                     self._wal.advance(self._start)
             superblock = self._next_superblock(new)
             try:
-                self._write(superblock)
+                write_switch(superblock, self._diff.path, label="seal:superblock")
             except BrokenSealError:
                 undo.pop_all()
                 raise
@@ -180,21 +180,6 @@ class Seal:
             layers=(LayerRef(self._old.uuid, now.live), *now.layers),
         )
 
-    def _write(self, superblock: Superblock) -> None:
-        try:
-            superblock.write(self._diff.path, label="seal:superblock")
-        except BaseException as error:
-            # The rename may have been done, and then it may be durable or not.
-            if self._is_on_disk(superblock):
-                raise BrokenSealError(f"diff {self._diff.path} was half sealed: {error}") from error
-            raise
-
-    def _is_on_disk(self, superblock: Superblock) -> bool:
-        try:
-            return read_superblock(self._diff.path).live_id == superblock.live_id
-        except (OSError, DiffError):
-            return True  # nobody knows
-
     def _find_start(self) -> WalStart | None:
         """Return where a recovery of the tree would begin; None if it holds no cluster."""
         control = self._read(_CONTROL) if self._has_wal else None
@@ -220,6 +205,28 @@ class Seal:
             return None
         self._contents.open(file)
         return self._contents.nodes.read(file.ino, 0, _MAX_SMALL_BYTES)
+
+
+def write_switch(superblock: Superblock, diff: Path, *, label: str) -> None:
+    """Replace the superblock of a diff in use. Raises OSError where it is the old one still.
+
+    Raises BrokenSealError where nobody knows which one a power cut would find.
+    """
+    try:
+        superblock.write(diff, label=label)
+    except BaseException as error:
+        # The rename may have been done, and then it may be durable or not.
+        if _is_on_disk(superblock, diff):
+            raise BrokenSealError(f"the stack of diff {diff} is half changed: {error}") from error
+        raise
+
+
+def _is_on_disk(superblock: Superblock, diff: Path) -> bool:
+    try:
+        found = read_superblock(diff)
+    except (OSError, DiffError):
+        return True  # nobody knows
+    return (found.live_id, found.layers) == (superblock.live_id, superblock.layers)
 
 
 class _NewHead:

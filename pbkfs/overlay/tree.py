@@ -26,6 +26,7 @@ from pbkfs.overlay.attributes import Attributes, Change, check_owner, new_owner,
 from pbkfs.overlay.contents import Contents
 from pbkfs.overlay.detachment import Detachment
 from pbkfs.overlay.diff import Diff, check_layers
+from pbkfs.overlay.folding import Origins
 from pbkfs.overlay.hydration import Hydration
 from pbkfs.overlay.inode import Attr, Directory, File, Inode, SymbolicLink
 from pbkfs.overlay.journal import TARGET_MAX
@@ -38,8 +39,10 @@ from pbkfs.overlay.namespace import (
     fail,
 )
 from pbkfs.overlay.replay import Replay, apply_wal_out, find_named, is_wal_out
+from pbkfs.overlay.restacking import Restack
 from pbkfs.overlay.sealing import BrokenSealError, Child, Seal, Sealed
 from pbkfs.overlay.stack import Stack
+from pbkfs.overlay.superblock import LayerRef
 
 __all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "Attr", "Tree"]
 
@@ -450,6 +453,18 @@ class Tree:
             raise
         self.hydration.forget()
         return sealed
+
+    def restack(self, run: Sequence[LayerRef], new: Layer, origins: Origins) -> bool:
+        """Go over to the sealed layer ``new``, which was folded of ``run``; see ``restacking``.
+
+        Returns False if the stack has no such run. ``new`` is the tree's if this returns True.
+        Hydration must not be at work. Raises BusyError, DiffError, OSError, BrokenSealError.
+        """
+        restack = Restack(self._stack, self._namespace, self._contents, run, new, origins)
+        if not restack.switch():
+            return False
+        self.hydration.forget()
+        return True
 
     def link_out(self, target: Path) -> None:
         """Make the empty directory ``target`` this tree in plain files, linked to the objects.

@@ -173,6 +173,14 @@ async def restart_branch(
     return branch_of(await run(control, "restart", name, "branch", wait, response))
 
 
+@router.post("/{name}/flatten", responses=_STARTING)
+async def flatten_branch(
+    control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
+) -> Branch:
+    """Fold the sealed layers below a branch into one; what it shows stays as it is."""
+    return branch_of(await run(control, "flatten", name, "branch", wait, response))
+
+
 @router.post("/{name}/reset", responses=_STARTING)
 async def reset_branch(
     control: Controlled, name: str, wait: WaitUnlessAsked, response: Response

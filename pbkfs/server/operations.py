@@ -80,6 +80,10 @@ def _restart(work: _Work) -> list[str]:
     return _of_kind(work).restart(work.given["name"], say=work.say).notes
 
 
+def _flatten(work: _Work) -> list[str]:
+    return _of_kind(work).flatten(work.given["name"], say=work.say).notes
+
+
 def _of_kind(work: _Work) -> Trunks | Branches:
     return work.service.trunks if work.given["kind"] == "trunk" else work.service.branches
 
@@ -137,6 +141,7 @@ _OPERATIONS: dict[str, Callable[[_Work], Any]] = {
     "start": _start,
     "stop": _stop,
     "restart": _restart,
+    "flatten": _flatten,
     "destroy": _destroy,
     "fall_asleep": _fall_asleep,
     "reset": _reset,

@@ -140,6 +140,14 @@ async def restart_trunk(
     return trunk_of(await run(control, "restart", name, "trunk", wait, response))
 
 
+@router.post("/{name}/flatten", responses=_STARTING)
+async def flatten_trunk(
+    control: Controlled, name: str, wait: WaitUnlessAsked, response: Response
+) -> Trunk:
+    """Fold the sealed layers below a trunk into one; what it shows stays as it is."""
+    return trunk_of(await run(control, "flatten", name, "trunk", wait, response))
+
+
 @router.post("/{name}/refresh", responses=_STARTING)
 async def refresh_trunk(
     control: Controlled,

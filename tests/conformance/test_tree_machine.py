@@ -233,12 +233,13 @@ class TreeMachine(FileMachine):
         self.compare()
 
     @precondition(lambda self: self.step is None and self.trees.n_seals < MAX_SEALS)
-    @rule()
-    def seal_in_use(self) -> None:
+    @rule(has_child=st.booleans())
+    def seal_in_use(self, *, has_child: bool) -> None:
         """What is open stays open; a child shows for good what was sealed."""
-        child = self.place / f"child{len(self.children)}"
+        child = self.place / f"child{len(self.children)}" if has_child else None
         self.trees.seal_live(child)
-        self.children.append((child, take_snapshot(self.oracle)))
+        if child is not None:
+            self.children.append((child, take_snapshot(self.oracle)))
         self.is_hydrating = False
         self.took_all()
         self.compare()
@@ -255,6 +256,15 @@ class TreeMachine(FileMachine):
         self.reopened()
         self.took_all()
         self.compare()
+
+    @precondition(lambda self: self.step is None and self.trees.n_layers > 1 and not self.children)
+    @rule(newest=st.integers(0, 2), n_layers=st.integers(2, 5))
+    def fold_in_use(self, newest: int, n_layers: int) -> None:
+        """What is open stays open, and nothing refers to the old layers any more."""
+        if newest < self.trees.n_layers:
+            self.trees.fold_in_use(newest, n_layers)
+            self.is_hydrating = False
+            self.compare()
 
     @rule(torn_bytes=st.sampled_from([0, 3, 11]))  # no frame is as short
     def power_cut(self, torn_bytes: int) -> None:

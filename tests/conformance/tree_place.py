@@ -11,11 +11,12 @@ from pathlib import Path
 from conformance.drivers import TreeDriver
 from conformance.plain_base import PlainBase
 
+from pbkfs.errors import BusyError
 from pbkfs.overlay.check import check_diff
 from pbkfs.overlay.diff import Diff, live_path, open_layers
 from pbkfs.overlay.folding import Folded, fold, read_layers, replace_run
 from pbkfs.overlay.journal import HEADER_BYTES
-from pbkfs.overlay.layer import JOURNAL
+from pbkfs.overlay.layer import JOURNAL, Layer
 from pbkfs.overlay.sealing import Child, Sealed
 from pbkfs.overlay.superblock import LayerRef, read_superblock
 from pbkfs.overlay.tree import Tree
@@ -147,6 +148,30 @@ class TreePlace:
             report = check_diff(head, self.base)
             assert report.is_clean, report.findings
         return folded
+
+    def fold_in_use(self, newest: int, n_layers: int) -> bool:
+        """Fold layers of the open diff, and let the tree go over to the new one.
+
+        The old ones are deleted, so that whatever still refers to them fails. Returns False where
+        a file without a name is in use, and then nothing has changed.
+        """
+        layers = read_layers(self.diff_path)[newest:]
+        run = layers[:n_layers]
+        self.n_folds += 1
+        folded = fold(self.base, layers, len(run), self.place / f"folded{self.n_folds}")
+        new = Layer.sealed(Path(folded.layer.path), folded.layer.uuid)
+        n_descriptors = len(os.listdir("/proc/self/fd"))
+        try:
+            assert self.tree.restack(run, new, folded.origins)
+        except BusyError:
+            new.close()
+            return False
+        assert len(os.listdir("/proc/self/fd")) <= n_descriptors - 2 * len(run)
+        for ref in run:
+            shutil.rmtree(Path(ref.path) / "objects")
+            os.unlink(Path(ref.path) / "journal")
+        self.layers = read_layers(self.diff_path)
+        return True
 
     @property
     def live_path(self) -> Path:

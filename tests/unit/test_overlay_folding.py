@@ -175,6 +175,65 @@ def test_a_fold_is_not_seen(
             assert found == expected, describe_difference(expected, found)
 
 
+@settings(
+    max_examples=int(os.environ.get("PBKFS_TEST_FOLDS", "150")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(rounds=rounds, runs=runs, dropped=st.sets(st.integers(0, 9)))
+def test_a_fold_is_not_seen_by_a_tree_in_use(
+    rounds: list[list[Operation]], runs: list[tuple[int, int]], dropped: set[int]
+) -> None:
+    """With files open all the while, written to before and afterwards, and the old layers gone."""
+    with (
+        tempfile.TemporaryDirectory(prefix="pbkfs-fold-", dir=memory_root()) as name,
+        pytest.MonkeyPatch.context() as patch,
+        made_place(Path(name)) as place,
+    ):
+        patch.setattr(contents, "MAX_WHOLE_BYTES", 2 * PAGE)
+        patch.setattr(hydration, "MAX_SMALL_BYTES", PAGE)
+        handles = {each: place.driver.open(each, os.O_RDWR) for each in (BIG, OTHER, SMALL)}
+        for number, each in enumerate(rounds):
+            for operation in each:
+                with suppress(OSError):
+                    operation(place)
+            if number in dropped:
+                place.tree.nodes.drop_indexes()
+            place.seal_live()
+        for operation in rounds[0]:
+            with suppress(OSError):
+                operation(place)
+        for newest, n_layers in runs:
+            before = show(place)
+            inside = [place.driver.pread(handle, 1 << 20, 0) for handle in handles.values()]
+            if newest < place.n_layers:
+                place.fold_in_use(newest, n_layers)
+            found = show(place)
+            assert found == before, describe_difference(before, found)
+            place.tree.nodes.drop_indexes()
+            assert inside == [place.driver.pread(h, 1 << 20, 0) for h in handles.values()]
+            for operation in rounds[-1]:
+                with suppress(OSError):
+                    operation(place)
+        for handle in handles.values():
+            place.driver.pwrite(handle, b"end", 3 * PAGE)
+            place.driver.fsync(handle)
+        place.seal_live()
+        before = show(place)
+        if place.n_layers:
+            place.fold_in_use(0, 20)
+        found = show(place)
+        assert found == before, describe_difference(before, found)
+        for handle in handles.values():
+            place.driver.close(handle)
+        place.crash()
+        found = show(place)
+        assert found == before, describe_difference(before, found)
+        place.close()
+        report = check_diff(place.diff_path, place.base)
+        assert report.is_clean, report.findings
+
+
 def test_newest_attributes_win_over_records_of_older_ones(place: TreePlace) -> None:
     """Those of a file without an object are in the journal, of one with an object they are its."""
     write(place, BIG, 0, b"one")

@@ -116,6 +116,16 @@ void pbk_nodes_cancel_seal(struct pbk_seal *);
 /* All objects are synced. Journal and descriptor are the caller's, as those before them, which are still needed. */
 void pbk_nodes_seal(struct pbk_seal *, struct pbk_journal *journal, int objects_fd);
 
+/*
+ * Restacking: nodes get other sources that hold the same. Prepared one by one (-ENOENT, -EINVAL also where size is not that
+ * of what the node has below, -ENOMEM; *all is as before then); pbk_nodes_restack can't fail. Nobody seals or attaches between.
+ */
+struct pbk_restack;
+int pbk_nodes_prepare_restack(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
+                              unsigned n_specs, struct pbk_restack **all);
+void pbk_nodes_cancel_restack(struct pbk_restack *all);
+void pbk_nodes_restack(struct pbk_restack *all);
+
 /* Makes all objects and the journal durable: the first -errno, after trying all. */
 int pbk_nodes_sync(struct pbk_nodes *);
 
