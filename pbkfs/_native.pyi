@@ -168,6 +168,10 @@ class Nodes:
         changed, whether the object is whole); (0, 0, 0, whole) unless it is mapped."""
     def heat(self) -> dict[int, int]:
         """Reads and changes of each inode since it was registered; without those that had none."""
+    def verify(self, ino: int, first_blkno: int, has_checksums: bool, /) -> None:
+        """Look at each page that comes from the base when it is first read; one that PostgreSQL
+        would not take is EIO. Once, right after ``add``; ``first_blkno`` is that of the file's
+        first block in its fork."""
     def give_back_files(self) -> bool:
         """Close half of the descriptors of sources and objects, for somebody who finds none; False
         if there was none to close."""

@@ -36,6 +36,13 @@ _RELATION_FILE = re.compile(
 )
 
 
+_VERIFIED_FILE = re.compile(
+    rb"(?:base/[0-9]+|global|(?:.*/)?PG_[0-9.]+_[0-9]+/[0-9]+)"
+    rb"/[0-9]{1,10}(?:_init)?(?:\.([1-9][0-9]*))?",
+    re.DOTALL,
+)
+
+
 def is_relation_file(path: bytes) -> bool:
     """Tell whether ``path`` (relative to the data directory) names a file of a relation fork.
 
@@ -43,6 +50,16 @@ def is_relation_file(path: bytes) -> bool:
     ``base/DB``, ``global`` and any directory ``PG_MAJOR_CATALOG/DB`` of a tablespace.
     """
     return _RELATION_FILE.fullmatch(path) is not None
+
+
+def first_block_of(path: bytes, segment_blocks: int) -> int | None:
+    """Return the number, in its fork, of the first block of a file of pages that a server verifies.
+
+    None for other files, for ``_fsm`` and ``_vm``, whose damaged pages PostgreSQL takes for empty
+    ones (RBM_ZERO_ON_ERROR), and for temporary relations, which it removes.
+    """
+    found = _VERIFIED_FILE.fullmatch(path)
+    return int(found[1] or 0) * segment_blocks if found is not None else None
 
 
 def is_page_new(page: bytes | memoryview) -> bool:

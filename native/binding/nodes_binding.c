@@ -875,6 +875,23 @@ static PyObject *nodes_heat(struct nodes_object *self, PyObject *Py_UNUSED(unuse
 
 /* ---- all of them ---- */
 
+static PyObject *nodes_verify(struct nodes_object *self, PyObject *args)
+{
+    unsigned long long ino;
+    unsigned int first_blkno;
+    int has_checksums;
+    if (!PyArg_ParseTuple(args, "KIp:verify", &ino, &first_blkno, &has_checksums))
+        return NULL;
+    struct pbk_node *node = get_node(self, ino);
+    if (node == NULL)
+        return NULL;
+    int err = pbk_node_verify(node, first_blkno, has_checksums);
+    pbk_node_put(node);
+    if (err)
+        return pbk_binding_raise(-err);
+    Py_RETURN_NONE;
+}
+
 static PyObject *nodes_give_back_files(struct nodes_object *self, PyObject *Py_UNUSED(unused))
 {
     bool has_given;
@@ -1089,6 +1106,7 @@ static PyMethodDef methods[] = {
      "Record what was hydrated; whether nothing comes from below any more."},
     {"count_blocks", (PyCFunction)nodes_count_blocks, METH_O, "(blocks, in the object, changed, whether it is whole)."},
     {"heat", (PyCFunction)nodes_heat, METH_NOARGS, "Inode -> reads and changes since it was registered."},
+    {"verify", (PyCFunction)nodes_verify, METH_VARARGS, "Look at pages of the base when they are first read."},
     {"give_back_files", (PyCFunction)nodes_give_back_files, METH_NOARGS,
      "Close some descriptors that can be opened again."},
     {"set_reserve", (PyCFunction)nodes_set_reserve, METH_O, "How much free space fallocate has to leave."},

@@ -96,6 +96,12 @@ struct pbk_node {
     unsigned first_pages; /* sources from here on are of kind PAGES and are found through the index */
     struct pbk_source *sources;
 
+    /* Which pages of the base were looked at before they were answered; see verify_pages. */
+    atomic_bool verifies;
+    bool has_checksums;             /* constant once verifies is set, as the next */
+    uint32_t first_blkno;           /* of the file's first block in its fork */
+    atomic_uint_fast64_t *verified; /* a bit a block of the sources */
+
     pthread_mutex_t load_lock; /* one thread at a time builds the index */
     struct pbk_index *index;   /* guarded by the index set's lock */
 };
@@ -150,6 +156,11 @@ static inline void count(atomic_uint_fast64_t *counter, uint64_t n)
 }
 
 static inline bool bit_is_set(const atomic_uint_fast64_t *words, uint64_t block)
+{
+    return atomic_load_explicit(&words[block / 64], memory_order_acquire) >> (block % 64) & 1;
+}
+
+static inline bool test_bit(const atomic_uint_fast64_t *words, uint64_t block)
 {
     return atomic_load_explicit(&words[block / 64], memory_order_acquire) >> (block % 64) & 1;
 }

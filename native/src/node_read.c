@@ -12,6 +12,7 @@
 
 #include "node_private.h"
 #include "pbk/bytes.h"
+#include "pbk/checksum.h"
 #include "pbk/io.h"
 #include "pbk/pagestream.h"
 #include "pbk/pglz.h"
@@ -380,6 +381,46 @@ static int load(struct pbk_node *node, struct pbk_ctx *ctx, const struct request
     return err;
 }
 
+/* ---- looking at them ---- */
+
+int pbk_node_verify(struct pbk_node *node, uint32_t first_blkno, bool has_checksums)
+{
+    size_t n_words = (size_t)(blocks_of(node->sources_size) / 64 + 1);
+    if (node->verified != NULL)
+        return -EEXIST;
+    node->verified = calloc(n_words, sizeof(*node->verified));
+    if (node->verified == NULL)
+        return -ENOMEM;
+    node->first_blkno = first_blkno;
+    node->has_checksums = has_checksums;
+    atomic_store_explicit(&node->verifies, true, memory_order_release);
+    return 0;
+}
+
+/* Whole blocks were loaded. Those of the base are looked at once. */
+static int verify_pages(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq)
+{
+    for (size_t i = 0; i < rq->n; i++) {
+        const struct place *place = &ctx->places[i];
+        uint64_t block = rq->first + i;
+        /* Of a part of a page at the end, PostgreSQL reads nothing. */
+        if ((block + 1) * PBK_BLCKSZ > node->sources_size || test_bit(node->verified, block))
+            continue;
+        if (place->kind != PLACE_STORED &&
+            (place->kind != PLACE_DIRECT || place->source < 0 || node->sources[place->source].kind != PBK_SOURCE_RAW))
+            continue;
+        const char *complaint =
+            pbk_page_complaint(place->page, node->first_blkno + (uint32_t)block, node->has_checksums);
+        if (complaint != NULL) {
+            count(&node->nodes->counters.verify_errors, 1);
+            return fail(node, node_source(node, place->source), block, complaint, -EIO);
+        }
+        set_bit(node->verified, block);
+        count(&node->nodes->counters.pages_verified, 1);
+    }
+    return 0;
+}
+
 /* Bytes of a last, partial block behind the end of the sources are zeros, whatever its page has there. */
 static void blank_behind(struct pbk_node *node, struct pbk_ctx *ctx, const struct request *rq)
 {
@@ -496,7 +537,15 @@ ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, 
         len = (size_t)(size - off);
     struct request rq = {.first = off / PBK_BLCKSZ, .off = off, .end = off + len};
     rq.n = (size_t)((rq.end - 1) / PBK_BLCKSZ - rq.first + 1);
-    err = load(node, ctx, &rq, OBJECT_READ);
+    if (atomic_load_explicit(&node->verifies, memory_order_acquire)) {
+        struct request whole = {.first = rq.first, .n = rq.n, .off = rq.first * PBK_BLCKSZ};
+        whole.end = whole.off + rq.n * PBK_BLCKSZ;
+        err = load(node, ctx, &whole, OBJECT_READ);
+        if (err == 0)
+            err = verify_pages(node, ctx, &whole);
+    } else {
+        err = load(node, ctx, &rq, OBJECT_READ);
+    }
     pthread_rwlock_unlock(&node->lock);
     if (err) {
         count(&nodes->counters.read_errors, 1);

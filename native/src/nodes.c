@@ -235,6 +235,7 @@ static void free_node(struct pbk_node *node)
     for (unsigned i = 0; i < node->n_sources; i++)
         pbk_source_destroy(&node->nodes->files, &node->sources[i]);
     free(node->sources);
+    free(node->verified);
     pthread_mutex_destroy(&node->load_lock);
     pthread_rwlock_destroy(&node->lock);
     free(node);

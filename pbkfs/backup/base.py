@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
+from pbkfs.pgdata import ControlFile
+
 NO_LIMIT = 0xFFFFFFFF
 
 # Where the content of tablespaces is shown; pg_tblspc/OID is a link to TABLESPACE_ROOT/OID.
@@ -103,6 +105,8 @@ class Base(ABC):
     identity: dict[str, str | int | None]
     system_identifier: int | None
     pg_major: int | None
+    control: ControlFile | None
+    """Its ``pg_control``; None where there is no cluster."""
     owner: tuple[int, int]
     notes: list[str]
 

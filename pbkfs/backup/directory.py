@@ -139,6 +139,7 @@ class DirectoryBase(Base):
         status = os.fstat(self._root_fd)
         self.owner = status.st_uid, status.st_gid
         self.system_identifier = control.system_identifier
+        self.control = control
         state = hashlib.sha256(data + (label or b"")).hexdigest()
         self.identity = {
             "kind": self.kind,

@@ -19,6 +19,7 @@ class EmptyBase(Base):
     def __init__(self, owner: tuple[int, int]) -> None:
         self.identity = {"kind": self.kind}
         self.system_identifier = None
+        self.control = None
         self.pg_major = None
         self.owner = owner
         self.notes = []

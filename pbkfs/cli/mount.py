@@ -149,6 +149,14 @@ def parse_on_full(text: str) -> int:
     help="When the diff's disk is full: let written pages wait for space, or fail the fsync, upon "
     "which PostgreSQL panics.",
 )
+@click.option(
+    "--verify-pages",
+    "verifies_pages",
+    is_flag=True,
+    envvar="PBKFS_VERIFY_PAGES",
+    help="Check each page of the backup when it is first read: its checksum, or its header where "
+    "the cluster has no checksums. A bad one is an I/O error.",
+)
 @click.option("--perf-unsafe", is_flag=True, hidden=True)
 @click.option("--no-wal", is_flag=True, hidden=True)
 @debug_option
@@ -174,6 +182,7 @@ def command(
     pid_file: Path | None,
     hydrate_rate: int | None,
     full_wait_s: int,
+    verifies_pages: bool,
     perf_unsafe: bool,
     no_wal: bool,
     debug: bool,
@@ -226,6 +235,7 @@ def command(
         pid_file=_absolute(pid_file),
         hydrate=hydrate_rate,
         full_wait_s=full_wait_s,
+        verifies_pages=verifies_pages,
     )
     opened = open_mount(request)
     for message, hint in opened.warnings:

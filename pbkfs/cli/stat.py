@@ -85,6 +85,9 @@ def format_statistics(found: dict[str, Any]) -> str:
         + ("" if space["is_bounded"] else " (the kernel's default)"),
         "hydration": describe_hydration(found["hydration"]),
     }
+    if found["verifies"]:
+        n_pages, n_errors = (found["overlay"][name] for name in ("pages_verified", "verify_errors"))
+        fields["verified"] = f"{n_pages} pages of the base by {found['verifies']}, {n_errors} bad"
     if n_waiting := found["fuse"].get("waiting_for_space"):
         fields["disk is full"] = f"{n_waiting} writes wait until there is space for the diff"
     text = format_fields(fields)

@@ -150,6 +150,7 @@ def open_mount(request: MountRequest) -> OpenMount:
                 owner=owner,
                 log_fd=log_fd,
                 index_bytes=request.index_bytes,
+                verifies_pages=request.verifies_pages,
             )
         undo.pop_all()
     return OpenMount(

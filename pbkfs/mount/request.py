@@ -55,6 +55,9 @@ class MountRequest:
     full_wait_s: int = -1
     """How long written pages wait for space on a full disk; -1: for ever, 0: not at all."""
 
+    verifies_pages: bool = False
+    """Whether pages of the base are looked at when they are first read."""
+
     def names_base(self) -> bool:
         """Return whether the command line says anything about the base."""
         return bool(self.store or self.instance or self.backup_id or self.base_dir or self.is_empty)

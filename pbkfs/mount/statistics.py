@@ -52,6 +52,9 @@ class Statistics:
     changed: dict[str, int]
     """What the diff's objects hold: ``files``, allocated ``bytes``, and those in ``pages``."""
     disk: dict[str, int]
+    verifies: str | None
+    """What of a page of the base is looked at when it is first read: ``checksum``, or ``header``
+    where the base has no checksums; None: nothing."""
     space: dict[str, int | bool]
     """``free_bytes`` as the mount's statfs says, ``reserve_bytes`` that it leaves out, and
     ``dirty_bytes`` that the kernel may hold back at most: set by us if ``is_bounded``, else its
@@ -92,11 +95,19 @@ async def collect(worker: Worker) -> Statistics:
             "other_bytes": disk.other_bytes,
             "total_bytes": disk.total_bytes,
         },
+        verifies=_verified(worker),
         space=_measure_space(worker),
         overlay={**opened.tree.counters(), **opened.tree.nodes.counters()},
         hydration=worker.hydrator.fields(),
         fuse=_summarize(worker.session_counters()),
     )
+
+
+def _verified(worker: Worker) -> str | None:
+    control = worker.opened.base.control
+    if not worker.opened.request.verifies_pages or control is None:
+        return None
+    return "checksum" if control.data_checksum_version == 1 else "header"
 
 
 def _measure_space(worker: Worker) -> dict[str, int | bool]:

@@ -21,7 +21,7 @@ from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
 from pbkfs.overlay.layer import EMPTY_MAP, Layer, Named, PageMap
 from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.stack import Stack, count_blocks
-from pbkfs.pgdata import is_relation_file
+from pbkfs.pgdata import first_block_of, is_relation_file
 
 # Up to this size a file that is no relation is copied whole at its first write.
 MAX_WHOLE_BYTES = 1 << 20
@@ -40,10 +40,17 @@ class Contents:
     """See the module. ``diff`` has to be started."""
 
     def __init__(
-        self, stack: Stack, namespace: Namespace, *, log_fd: int, index_bytes: int
+        self,
+        stack: Stack,
+        namespace: Namespace,
+        *,
+        log_fd: int,
+        index_bytes: int,
+        verifies_pages: bool = False,
     ) -> None:
         self._stack = stack
         self._namespace = namespace
+        self._verified_by = stack.base.control if verifies_pages else None
         # Layer, object -> (end of the record that took its last name, its inode).
         self._doomed: dict[tuple[Layer, int], tuple[int, int]] = {}
         self.counters = dict.fromkeys(
@@ -71,6 +78,7 @@ class Contents:
         else:
             self._stack.load(file)
             self.nodes.add(file.ino, file.size, self._stack.sources(file))
+            self._verify(file)
         if piece is not None:
             try:
                 self._attach(file, piece)
@@ -78,6 +86,15 @@ class Contents:
                 self.nodes.remove(file.ino)
                 raise
         self.note_names(file)
+
+    def _verify(self, file: File) -> None:
+        """Let pages that come from the base be looked at when they are read."""
+        control = self._verified_by
+        if control is None or file.origin is None:
+            return
+        first = first_block_of(file.origin, control.relation_segment_blocks)
+        if first is not None:
+            self.nodes.verify(file.ino, first, control.data_checksum_version == 1)
 
     def note_names(self, inode: Inode) -> None:
         """Tell the native half how many names a file has: it answers for its attributes, too."""

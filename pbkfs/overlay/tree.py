@@ -61,12 +61,14 @@ class Tree:
         owner: tuple[int, int],
         log_fd: int,
         index_bytes: int = 64 << 20,
+        verifies_pages: bool = False,
     ) -> None:
         """Replay the journals of ``sealed`` (newest first) and of ``diff``, and recover ``diff``.
 
         ``owner`` (uid, gid) owns what comes from the base. ``log_fd`` takes the native half's log
-        lines. The tree owns diff and layers from now on, also if this raises: DiffError if they
-        do not fit each other or are damaged, HostError.
+        lines. ``verifies_pages``: look at pages of the base when they are first read. The tree
+        owns diff and layers from now on, also if this raises: DiffError if they do not fit each
+        other or are damaged, HostError.
         """
         self._stack = Stack(base, diff, sealed)
         self._namespace = Namespace(base, owner, time.time_ns())
@@ -81,7 +83,11 @@ class Tree:
             diff.live.start(named[-1], owner)
             self._reserve_bytes = 0
             self._contents = Contents(
-                self._stack, self._namespace, log_fd=log_fd, index_bytes=index_bytes
+                self._stack,
+                self._namespace,
+                log_fd=log_fd,
+                index_bytes=index_bytes,
+                verifies_pages=verifies_pages,
             )
             self._contents.finish_truncations(named[-1])
             self.hydration = Hydration(self._stack, self._namespace, self._contents)

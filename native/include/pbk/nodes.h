@@ -27,6 +27,8 @@
     C(pages_raw)       /* stored pages answered as they are */                                                         \
     C(pages_inflated)  /* stored pages decompressed */                                                                 \
     C(pages_hole)      /* blocks that nothing stores */                                                                \
+    C(pages_verified)  /* pages of the base that were found to be what PostgreSQL wrote */                             \
+    C(verify_errors)   /* those that were not */                                                                       \
     C(read_errors)     /* reads that failed */                                                                         \
     C(writes)          /* calls that wrote, allocated, punched or truncated */                                         \
     C(bytes_written)   /* bytes of writes */                                                                           \
@@ -76,6 +78,13 @@ struct pbk_attach {
 };
 int pbk_node_attach(struct pbk_node *, struct pbk_ctx *, const struct pbk_attach *);
 bool pbk_node_has_object(struct pbk_node *);
+
+/*
+ * From now on reads of the file look at each page that comes from the base when it is read for the first time; one that
+ * PostgreSQL would not take is EIO. first_blkno is that of the file's first block in its fork. Right after pbk_nodes_add;
+ * -ENOMEM. Pages that are merged or hydrated are not looked at: one that is torn is mended by WAL before it is read.
+ */
+int pbk_node_verify(struct pbk_node *, uint32_t first_blkno, bool has_checksums);
 
 /* How many names the file has; 1 until somebody says otherwise. */
 void pbk_node_set_links(struct pbk_node *, unsigned n_links);

@@ -65,12 +65,12 @@ class ProbackupBase(Base):
             self._tree = _read_lists(self._layers, crc32c)
             self._composition = Composition(self._layers)
             self._check_metadata()
-            self._control_file = self._read_control_file(crc32c)
+            self.control = self._read_control_file(crc32c)
             stack.pop_all()
         control = self._newest.control
         assert control.server_version is not None
         self.pg_major = parse_major(control.server_version)
-        self.system_identifier = self._control_file.system_identifier
+        self.system_identifier = self.control.system_identifier
         owner = os.fstat(self._layers[0].root_fd)
         self.owner = owner.st_uid, owner.st_gid
         self._mtime_ns = (control.end_time or control.start_time or 0) * 1_000_000_000
@@ -186,7 +186,8 @@ class ProbackupBase(Base):
 
     def wal_archive(self) -> WalArchive:
         """The WAL archive that belongs to this backup."""
-        return WalArchive(self._instance.archive_path, self._control_file.wal_segment_size)
+        assert self.control is not None
+        return WalArchive(self._instance.archive_path, self.control.wal_segment_size)
 
     # -- what a user wants to know ------------------------------------------------------------
 
