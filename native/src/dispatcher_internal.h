@@ -34,9 +34,9 @@
  */
 struct pbk_job {
     struct pbk_job *next;
-    int error;             /* of the copy-up: 0 or -errno */
-    unsigned n_parked;     /* how often it has waited for a copy-up */
-    bool was_held;         /* it found no space once */
+    int error;         /* of the copy-up: 0 or -errno */
+    unsigned n_parked; /* how often it has waited for a copy-up */
+    bool was_held;     /* it found no space once */
     size_t length;
     struct fuse_in_header header;
     unsigned char body[];
