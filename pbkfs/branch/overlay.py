@@ -33,7 +33,7 @@ from pbkfs.mount.opening import open_mount
 from pbkfs.mount.request import MountRequest
 from pbkfs.mount.target import find_target, state_of
 from pbkfs.overlay.folding import Folded, find_run, read_layers, replace_run
-from pbkfs.overlay.layer import Layer
+from pbkfs.overlay.layer import Layer, delete_layer
 from pbkfs.overlay.superblock import NAME as SUPERBLOCK
 from pbkfs.overlay.superblock import LayerRef, Superblock, new_superblock, read_superblock
 
@@ -227,7 +227,10 @@ class OverlayEngine:
                 n_newest = run.stop - run.start
                 target = self._layout.layer(str(uuid.uuid4()))
                 folded = flattening.make_fold(head, layers, n_newest, target)
-                flattening.put_fold(head, layers[:n_newest], folded)
+                if not flattening.put_fold(head, layers[:n_newest], folded):
+                    raise BusyError(
+                        f"the layers of {head} were changed meanwhile", hint="Try again."
+                    )
                 self._put_elsewhere(head_id, layers[:n_newest], folded, lock)
         return self.n_layers(head_id)
 
@@ -332,9 +335,11 @@ class OverlayEngine:
             for part in _LAYER_PARTS
             if (head / part).exists()
         ]
-        for path in removed:
-            _remove(path)
-        return [str(path.relative_to(self._layout.root)) for path in removed]
+        return [
+            str(path.relative_to(self._layout.root))
+            for path in removed
+            if (delete_layer(path) if path.parent == self._layout.layers else _remove(path))
+        ]
 
     def _heads(self) -> dict[Path, Superblock]:
         return dict(_superblocks(self._layout.heads))
@@ -513,12 +518,13 @@ def _host_errors(path: Path) -> Iterator[None]:
         raise HostError(f"cannot change {path}: {why}{where}", hint=hint) from error
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+    return True
 
 
 # --- copies of pg_wal ---------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pbkfs.mount.sealing import end_worker
 from pbkfs.mount.wipe import LAYERS
 from pbkfs.overlay.diff import live_path
 from pbkfs.overlay.folding import Folded, Origins, fold, read_layers, replace_run
-from pbkfs.overlay.layer import JOURNAL, OBJECTS, Layer
+from pbkfs.overlay.layer import JOURNAL, OBJECTS, Layer, delete_layer
 from pbkfs.overlay.sealing import BrokenSealError
 from pbkfs.overlay.superblock import LayerRef, read_superblock
 from pbkfs.overlay.tree import Tree
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from pbkfs.mount.hydrating import Hydrator
 
 logger = logging.getLogger(__name__)
-
-# For how long a worker may take to go over to another stack: names wait for it.
-_RESTACK_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ def put_fold(diff: Path, run: Sequence[LayerRef], folded: Folded) -> bool:
             reply = control.call(
                 diff,
                 "restack",
-                timeout_s=_RESTACK_LIMIT_S,
+                timeout_s=None,
                 run=[[str(ref.uuid), ref.path] for ref in run],
                 layer=[str(folded.layer.uuid), folded.layer.path],
                 origins=os.fspath(origins),
@@ -241,8 +238,8 @@ def _delete_unused(diff: Path) -> Iterator[Path]:
     for path in sorted(place.iterdir()) if place.is_dir() else ():
         if path not in named:
             durable.on_step("flatten:delete")
-            shutil.rmtree(path)
-            yield path
+            if delete_layer(path):
+                yield path
     if diff not in named and (diff / JOURNAL).exists():
         durable.on_step("flatten:delete")
         shutil.rmtree(diff / OBJECTS, ignore_errors=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -152,6 +153,14 @@ class Layer:
             except BaseException:
                 os.close(objects_fd)
                 raise
+        try:
+            # Whoever deletes layers that nothing seems to name leaves those that are open alone: a
+            # superblock is perhaps about to name them.
+            fcntl.flock(objects_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(journal_fd)
+            os.close(objects_fd)
+            raise
         layer = cls(
             path,
             layer_id,
@@ -399,6 +408,34 @@ class Layer:
         if self._journal_fd >= 0:
             os.close(self._journal_fd)
             self._journal_fd = -1
+
+
+def delete_layer(path: Path) -> bool:
+    """Delete the layer directory ``path``, unless somebody has it open; returns whether it is gone.
+
+    For who knows that no superblock names it. Raises OSError.
+    """
+    try:
+        fd = os.open(path / OBJECTS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        _remove(path)
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(path)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def fill_layer(path: Path, layer_id: uuid.UUID) -> None:

@@ -34,7 +34,8 @@ from pbkfs.overlay.check import check_diff
 from pbkfs.overlay.folding import fold, read_layers, replace_run
 from pbkfs.overlay.inode import File
 from pbkfs.overlay.journal import NO_LIMIT
-from pbkfs.overlay.layer import EMPTY_MAP
+from pbkfs.overlay.layer import EMPTY_MAP, Layer, delete_layer
+from pbkfs.overlay.sealing import BrokenSealError
 from pbkfs.overlay.stack import count_blocks
 
 
@@ -377,3 +378,108 @@ def test_a_run_that_a_head_has_only_in_part_is_not_replaced(place: TreePlace) ->
     assert len(read_layers(place.place / "child")) == 1
     assert len(read_layers(place.diff_path)) == 1
     assert show_head(place, place.place / "child") == expected
+
+
+# --- in use ---------------------------------------------------------------------------------------
+
+
+def test_a_file_in_use_without_a_name_keeps_its_layer(place: TreePlace) -> None:
+    handle = place.driver.open(BIG, os.O_RDWR)
+    write(place, BIG, 0, b"one")
+    content = place.driver.pread(handle, 3 * PAGE, 0)
+    place.seal_live()
+    place.driver.unlink(BIG)
+    place.seal_live()
+    before = show(place)
+    assert not place.fold_in_use(0, 2)
+    assert place.n_layers == 2
+    assert show(place) == before
+    assert place.driver.pread(handle, 3 * PAGE, 0) == content
+    place.driver.close(handle)
+    place.driver.forget_all()
+    assert place.fold_in_use(0, 2)
+    assert show(place) == before
+
+
+def test_a_file_that_lost_its_name_later_is_read_on(place: TreePlace) -> None:
+    handle = place.driver.open(BIG, os.O_RDWR)
+    write(place, BIG, 0, b"one")
+    place.seal_live()
+    write(place, BIG, PAGE, b"two")
+    place.seal_live()
+    place.driver.unlink(BIG)
+    content = place.driver.pread(handle, 3 * PAGE, 0)
+    assert place.fold_in_use(0, 2)
+    assert place.driver.pread(handle, 3 * PAGE, 0) == content
+    place.driver.pwrite(handle, b"three", 2 * PAGE)
+    assert place.driver.pread(handle, 5, 2 * PAGE) == b"three"
+    place.driver.close(handle)
+
+
+@pytest.mark.parametrize("is_death", [False, True], ids=["failed", "killed"])
+def test_every_step_of_a_fold_in_use(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, is_death: bool
+) -> None:
+    """It fails, and the tree goes on as before; or it dies, and is found old or new."""
+    step = n_old = n_new = 0
+    is_done = False
+    while not is_done:
+        root = memory / f"{step}"
+        root.mkdir()
+        with made_place(root) as place:
+            handle = place.driver.open(BIG, os.O_RDWR)
+            for number in range(3):
+                place.driver.pwrite(handle, b"%d" % number, number * PAGE)
+                place.seal_live()
+            place.driver.pwrite(handle, b"live", 4 * PAGE)
+            place.driver.fsync(handle)
+            before = show(place)
+            layers = read_layers(place.diff_path)
+            folded = fold(place.base, layers, 2, place.place / "folded")
+            new = Layer.sealed(Path(folded.layer.path), folded.layer.uuid)
+            error = Killed() if is_death else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(durable, "on_step", stop_at(step, error))
+            is_broken = False
+            try:
+                assert place.tree.restack(layers[:2], new, folded.origins)
+                is_done = True
+            except BrokenSealError:
+                is_broken = True
+            except (OSError, Killed):
+                pass
+            finally:
+                monkeypatch.setattr(durable, "on_step", lambda _: None)
+            if not is_done:
+                new.close()
+            if not is_death and not is_broken:
+                assert show(place) == before
+                place.driver.pwrite(handle, b"more", 5 * PAGE)
+                place.driver.fsync(handle)
+                before = show(place)
+            place.crash()
+            assert place.n_layers in ((2,) if is_done else (3, 2) if is_broken else (3,))
+            n_old += place.n_layers == 3
+            n_new += place.n_layers == 2
+            assert show(place) == before, f"step {step}"
+        step += 1
+    assert n_old >= 3
+    assert n_new >= 2
+
+
+def test_a_layer_in_use_is_not_deleted(place: TreePlace) -> None:
+    place.seal_live()
+    write(place, BIG, 0, b"two")
+    place.seal_live()
+    layers = read_layers(place.diff_path)
+    paths = [Path(ref.path) for ref in layers]
+    folded = fold(place.base, layers, 2, place.place / "folded")
+    assert [delete_layer(path) for path in paths] == [False, False]
+    new = Layer.sealed(Path(folded.layer.path), folded.layer.uuid)
+    assert not delete_layer(new.path)
+    assert place.tree.restack(layers, new, folded.origins)
+    assert not delete_layer(new.path)
+    assert delete_layer(paths[0])
+    assert not paths[0].exists()
+    before = show(place)
+    place.reopen()
+    assert show(place) == before
