@@ -100,7 +100,7 @@ struct pbk_node {
     atomic_bool verifies;
     bool has_checksums;             /* constant once verifies is set, as the next */
     uint32_t first_blkno;           /* of the file's first block in its fork */
-    atomic_uint_fast64_t *verified; /* a bit a block of the sources */
+    atomic_uint_fast64_t *verified; /* node lock: a bit a block of the sources */
 
     pthread_mutex_t load_lock; /* one thread at a time builds the index */
     struct pbk_index *index;   /* guarded by the index set's lock */

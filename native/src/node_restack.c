@@ -19,9 +19,30 @@ struct pbk_restack {
     struct pbk_source *sources;
     unsigned n_sources;
     unsigned first_pages;
-    struct pbk_source **sealed; /* afterwards: what it had */
+    atomic_uint_fast64_t *verified; /* room for as many blocks, if it has any */
+    struct pbk_source **sealed;     /* afterwards: what it had */
     unsigned n_sealed;
 };
+
+/* As of pbk_node_verify. */
+static size_t n_verified_words(uint64_t size)
+{
+    return (size_t)(blocks_of(size) / 64 + 1);
+}
+
+/* Pages of the base are what they were. The node is locked exclusively. */
+static void move_verified(struct pbk_node *node, struct pbk_restack *part)
+{
+    atomic_uint_fast64_t *old = node->verified;
+    size_t n_old = n_verified_words(node->sources_size);
+    size_t n_new = n_verified_words(part->size);
+    if (part->verified == NULL)
+        return;
+    for (size_t i = 0; i < n_old && i < n_new; i++)
+        atomic_store(&part->verified[i], atomic_load(&old[i]));
+    node->verified = part->verified;
+    part->verified = old;
+}
 
 static void free_restack(struct pbk_restack *part)
 {
@@ -34,6 +55,7 @@ static void free_restack(struct pbk_restack *part)
         free(part->sealed[i]);
     }
     free(part->sealed);
+    free(part->verified);
     pbk_node_put(part->node);
     free(part);
 }
@@ -56,6 +78,11 @@ int pbk_nodes_prepare_restack(struct pbk_nodes *nodes, uint64_t ino, uint64_t si
     /* Nothing is read from below an object that is whole from its begin. */
     if (err == 0 && (node->object == NULL || node->object->is_mapped) && node->below_size != size)
         err = -EINVAL;
+    if (err == 0 && node->verified != NULL) {
+        part->verified = calloc(n_verified_words(size), sizeof(*part->verified));
+        if (part->verified == NULL)
+            err = -ENOMEM;
+    }
     pthread_rwlock_unlock(&node->lock);
     if (err) {
         free_restack(part);
@@ -89,6 +116,7 @@ void pbk_nodes_restack(struct pbk_restack *all)
         node->sources = sources;
         node->n_sources = n_sources;
         node->first_pages = part->first_pages;
+        move_verified(node, part);
         node->sources_size = part->size;
         node->sealed = NULL;
         node->n_sealed = 0;
