@@ -109,13 +109,15 @@ class RemoteBranches(_Remote):
         tags: Sequence[str] = (),
         auth: Literal["password", "trust"] = "password",
         idle_stop: str | None = None,
+        cpu: str | None = None,
+        memory: str | None = None,
         say: object = None,
         wait: bool = True,
     ) -> HeadView:
         """Make a branch and, unless told otherwise, wait until it is ready."""
         del say
         body = {"name": name, "parent": parent, "ttl": ttl, "tags": list(tags), "auth": auth}
-        body |= {"idle_stop": idle_stop}
+        body |= {"idle_stop": idle_stop, "cpu": cpu, "memory": memory}
         return self._view(self._api.call("POST", f"branches?wait={str(wait).lower()}", body))
 
     def list_all(
@@ -279,6 +281,8 @@ def _to_view(found: dict[str, Any], kind: Kind) -> HeadView:
         expires_at=found.get("expires_at"),
         idle_stop_s=found.get("idle_stop_seconds"),
         is_asleep=found.get("asleep", False),
+        cpu_limit=found.get("cpu_limit"),
+        memory_limit_bytes=found.get("memory_limit_bytes"),
     )
     return HeadView(
         head=head,

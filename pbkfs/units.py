@@ -9,14 +9,14 @@ import re
 
 from pbkfs.errors import UsageError
 
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtp])(?:i?b)?|b)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtp])i?b?|b)?", re.IGNORECASE)
 _BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|min|m|h|d|w|)", re.IGNORECASE)
 _SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def parse_size(text: str) -> int:
-    """Return bytes for ``64MB``, ``64MiB``, ``1.5g`` or ``8192``; every unit is a power of 1024.
+    """Return bytes for ``64MB``, ``64Mi``, ``1.5g`` or ``8192``; every unit is a power of 1024.
 
     Source: PostgreSQL's memory units are powers of 1024 too (guc.c, memory_unit_conversion_table).
     """

@@ -26,6 +26,7 @@ from pbkfs.branch.errors import (
     WrongStateError,
 )
 from pbkfs.branch.lifecycle import Lifecycle, Say, ignore_begin, say_nothing
+from pbkfs.branch.limits import parse_limits
 from pbkfs.branch.locks import LAYERS
 from pbkfs.branch.names import check_name, check_tag, make_name
 from pbkfs.branch.ports import assign_port
@@ -33,6 +34,7 @@ from pbkfs.branch.settings import MAIN
 from pbkfs.branch.store import Head, Kind, Point, Transaction, format_time, now
 from pbkfs.branch.views import Connection, HeadView, Log
 from pbkfs.errors import PostgresError
+from pbkfs.postgres.cgroup import Limits
 
 # A CHECKPOINT of a busy server writes all that is dirty; it only makes the child's start shorter.
 _CHECKPOINT_LIMIT_S = 600.0
@@ -58,6 +60,8 @@ class Branches:
         tags: Sequence[str] = (),
         auth: Literal["password", "trust"] = "password",
         idle_stop: str | None = None,
+        cpu: str | None = None,
+        memory: str | None = None,
         keep_failed: bool = False,
         begun: Callable[[Head], None] = ignore_begin,
         say: Say = say_nothing,
@@ -74,6 +78,8 @@ class Branches:
         name = check_name(name) if name else make_name()
         lifetime = parse_ttl(ttl) if ttl else None
         idle_stop_s = parse_idle_stop(idle_stop) if idle_stop else None
+        limits = parse_limits(cpu, memory)
+        life.serving.cgroups.check(limits)
         tags = [check_tag(tag) for tag in tags]
         if life.store.find(parent) is None:
             if parent != MAIN:
@@ -84,7 +90,9 @@ class Branches:
         with life.locks.hold(head_id, what=f"branch {name!r}"):
             try:
                 with life.locked(parent) as source:
-                    head = self._insert(head_id, name, source, auth, lifetime, idle_stop_s, tags)
+                    head = self._insert(
+                        head_id, name, source, auth, lifetime, idle_stop_s, limits, tags
+                    )
                     begun(head)
                     life.flatten_deep(source, say, n_more=1)
                     say(f"branching from {parent}")
@@ -109,6 +117,7 @@ class Branches:
         auth: Literal["password", "trust"],
         lifetime: float | None,
         idle_stop_s: float | None,
+        limits: Limits,
         tags: Sequence[str],
     ) -> Head:
         life = self._life
@@ -137,6 +146,8 @@ class Branches:
             created_at=now(),
             expires_at=_moment_after(lifetime),
             idle_stop_s=idle_stop_s,
+            cpu_limit=limits.cpus,
+            memory_limit_bytes=limits.memory_bytes,
         )
         with life.store.transaction() as tx:
             self._check_limits(tx, head, source)

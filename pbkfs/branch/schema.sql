@@ -1,4 +1,4 @@
--- The store of trunks and branches, version 2 (PRAGMA user_version).
+-- The store of trunks and branches, version 3 (PRAGMA user_version).
 --
 -- It holds intentions and what can't be read off the disk. What a head consists of (its layers, its
 -- base) is in the head's own directory; whether it is mounted and served is the kernel's to say.
@@ -32,7 +32,9 @@ CREATE TABLE heads (
     started_at      TEXT,
     expires_at      TEXT,                        -- NULL: never
     idle_stop_s     REAL,                        -- stopped after so long without a client; NULL: never
-    is_asleep       INTEGER NOT NULL DEFAULT 0   -- stopped like that; the daemon starts it for a client
+    is_asleep       INTEGER NOT NULL DEFAULT 0,  -- stopped like that; the daemon starts it for a client
+    cpu_limit       REAL,                        -- processors; NULL: as many as there are
+    memory_limit_bytes INTEGER                   -- NULL: as much as there is
 ) STRICT;
 
 CREATE INDEX heads_by_parent ON heads (parent_id);

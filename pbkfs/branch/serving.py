@@ -26,6 +26,7 @@ from pbkfs.errors import (
     TimedOutError,
 )
 from pbkfs.postgres.binaries import read_binaries
+from pbkfs.postgres.cgroup import Cgroups, Limits
 from pbkfs.postgres.cluster import Cluster, open_cluster
 from pbkfs.postgres.launch import Reporter, StartOptions
 from pbkfs.postgres.network import port_is_free
@@ -79,6 +80,7 @@ class Serving:
     def __init__(self, layout: Layout, settings: Settings) -> None:
         self._layout = layout
         self._settings = settings
+        self.cgroups = Cgroups()
 
     def cluster(self, head: Head) -> Cluster:
         """Return the mounted PGDATA of a head. Raises PbkfsError."""
@@ -105,6 +107,7 @@ class Serving:
             settings=settings,
             hba=_LOCAL + _HBA[head.auth].format(user=user),
             user=head.pg_user,
+            cgroup=self.cgroups.make(head.id, Limits(head.cpu_limit, head.memory_limit_bytes)),
         )
         started = start(cluster, options, Reporter(say, lambda _: None))
         assert started.postmaster is not None
@@ -167,10 +170,14 @@ class Serving:
             owner = self.cluster(head).owner
         with contextlib.suppress(NotRunningError):
             if mode != "immediate":
-                with contextlib.suppress(TimedOutError):
+                try:
                     stop(data_dir, owner, mode, _STOP_LIMIT_S)
-                    return
-            stop(data_dir, owner, "immediate", _KILL_LIMIT_S)
+                except TimedOutError:
+                    mode = "immediate"
+            if mode == "immediate":
+                stop(data_dir, owner, mode, _KILL_LIMIT_S)
+        # Also that of a server that ended by itself. In use, it stays.
+        self.cgroups.remove(head.id)
 
     def remove_slots(self, head: Head) -> list[str]:
         """Remove the replication slots in the data of a head that is mounted; returns their names.

@@ -23,13 +23,17 @@ from pbkfs.errors import FormatError, HostError
 Kind = Literal["trunk", "branch"]
 Status = Literal["creating", "starting", "running", "stopped", "error", "deleting"]
 
-VERSION = 2
+VERSION = 3
 _SCHEMA = Path(__file__).with_name("schema.sql")
 # Step i takes a store from version i to i + 1. The schema is always that of the newest version.
 _MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE heads ADD COLUMN idle_stop_s REAL;
     ALTER TABLE heads ADD COLUMN is_asleep INTEGER NOT NULL DEFAULT 0;
+    """,
+    """
+    ALTER TABLE heads ADD COLUMN cpu_limit REAL;
+    ALTER TABLE heads ADD COLUMN memory_limit_bytes INTEGER;
     """,
 )
 _BUSY_S = 30.0
@@ -65,6 +69,8 @@ class Head:
     expires_at: str | None = None
     idle_stop_s: float | None = None
     is_asleep: bool = False
+    cpu_limit: float | None = None
+    memory_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,12 @@ class HeadView:
         if head.kind == "trunk":
             found |= {"wal_level": head.wal_level, "source": head.source}
         else:
-            found |= {"idle_stop_seconds": head.idle_stop_s, "asleep": head.is_asleep}
+            found |= {
+                "idle_stop_seconds": head.idle_stop_s,
+                "asleep": head.is_asleep,
+                "cpu_limit": head.cpu_limit,
+                "memory_limit_bytes": head.memory_limit_bytes,
+            }
         if head.error:
             found["error"] = head.error
         if self.notes:

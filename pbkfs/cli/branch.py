@@ -56,8 +56,8 @@ def command() -> None:
     is_flag=True,
     help="Ask nobody for a password, on no address. Else a random one is made: see connect.",
 )
-@click.option("--cpu", metavar="CPUS", help="Limit of processors: 2, 0.5 or 500m.")
-@click.option("--memory", metavar="SIZE", help="Limit of memory: 512Mi.")
+@click.option("--cpu", metavar="CPUS", help="Most processors: 2, 0.5 or 500m.")
+@click.option("--memory", metavar="SIZE", help="Most memory: 512Mi.")
 @click.option("-w", "--wait/--no-wait", default=True, hidden=True)
 @click.option("-c", "--connect", is_flag=True, help="Run psql when it is ready.")
 @output_option
@@ -78,7 +78,6 @@ def create(
 
     Without NAME it gets one like branch-a1b2c3d4. What it branches from is not stopped.
     """
-    heads.check_limits(cpu, memory)
     # Without a daemon there is nobody who could go on.
     more: dict[str, Any] = {} if wait or connect or not api_url() else {"wait": False}
     with heads.service() as service, heads.progress() as say:
@@ -89,6 +88,8 @@ def create(
             tags=tags,
             auth="trust" if trust else "password",
             idle_stop=idle_stop,
+            cpu=cpu,
+            memory=memory,
             say=say,
             **more,
         )

@@ -238,6 +238,15 @@ def echo_table(header: list[str], rows: list[list[str]], status_column: int) -> 
         click.echo(line)
 
 
+def _describe_limits(view: HeadView) -> dict[str, str]:
+    head, found = view.head, {}
+    if head.cpu_limit is not None:
+        found["CPU Limit"] = f"{head.cpu_limit:g}"
+    if head.memory_limit_bytes is not None:
+        found["Memory Limit"] = format_bytes(head.memory_limit_bytes)
+    return found
+
+
 def echo_tree(views: list[HeadView]) -> None:
     """Print trunks and what was branched from them, each line ``name (status, size)``."""
     by_parent: dict[str | None, list[HeadView]] = {}
@@ -287,6 +296,7 @@ def echo_head(view: HeadView, output: str) -> None:
             "Created": _format_since(head.created_at),
             "Expires": "never" if ttl is None else f"in {format_duration(ttl)}",
             "Idle Stop": describe_idle_stop(view),
+            **_describe_limits(view),
             "PG Version": head.pg_version or "unknown",
             "Tags": ", ".join(view.tags) or "none",
         }
@@ -364,18 +374,6 @@ def echo_log(found: Log) -> None:
     if found.lines:
         click.echo(f"--- {found.path}")
         click.echo("\n".join(found.lines))
-
-
-def check_limits(cpu: str | None, memory: str | None) -> None:
-    """Raise UnsupportedError for limits, which this version can't set."""
-    from pbkfs.errors import UnsupportedError
-
-    for option, value in (("--cpu", cpu), ("--memory", memory)):
-        if value is not None:
-            raise UnsupportedError(
-                f"{option} {value} is not available here",
-                hint="Leave it out; limit the whole of pbkfs with systemd-run, for example.",
-            )
 
 
 def echo_overview(output: str) -> None:

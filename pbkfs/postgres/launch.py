@@ -17,6 +17,7 @@ from pathlib import Path
 from pbkfs.errors import HostError, PostgresError, TimedOutError
 from pbkfs.postgres.account import Account
 from pbkfs.postgres.binaries import Binaries
+from pbkfs.postgres.cgroup import Cgroups
 from pbkfs.postgres.cluster import Cluster, is_in_recovery
 from pbkfs.postgres.network import Place
 from pbkfs.postgres.postmaster import Postmaster, identify, ping, read_pid_file
@@ -52,6 +53,8 @@ class StartOptions:
     log: Path | None = None
     user: str = "postgres"
     timeout_s: float = 300.0
+    cgroup: Path | None = None
+    """The group that the server is started in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +175,18 @@ class Launch:
         """Run the server with ``arguments``, which say that it listens at ``place``."""
         self._place = place
         self._offset = self._log.size()
-        self._child = subprocess.Popen(
-            [self._binaries.postgres, "-D", self._cluster.data_dir, *arguments],
-            cwd="/",
-            env=self._cluster.owner.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log.fd,
-            stderr=self._log.fd,
-            start_new_session=True,
-            umask=0o077,
-            **self._cluster.owner.popen_identity(),
-        )
+        with Cgroups().entered(self._options.cgroup):
+            self._child = subprocess.Popen(
+                [self._binaries.postgres, "-D", self._cluster.data_dir, *arguments],
+                cwd="/",
+                env=self._cluster.owner.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log.fd,
+                stderr=self._log.fd,
+                start_new_session=True,
+                umask=0o077,
+                **self._cluster.owner.popen_identity(),
+            )
         if self._feeder is not None:
             self._feeder.serve(self._child.pid)
 

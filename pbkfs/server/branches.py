@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 
 from pbkfs.branch.durations import parse_idle_stop, parse_ttl
+from pbkfs.branch.limits import parse_limits
 from pbkfs.branch.names import check_name, check_tag
-from pbkfs.errors import UnsupportedError
 from pbkfs.server.heads import destroy, read_log, run
 from pbkfs.server.models import (
     Branch,
@@ -45,15 +45,13 @@ async def create_branch(
     The same request again while it is creating is answered with the same branch.
     """
     wish = body or NewBranch()
-    for limit, value in (("cpu", wish.cpu), ("memory", wish.memory)):
-        if value is not None:
-            raise UnsupportedError(f"{limit} {value} is not available here", hint="Leave it out.")
     if wish.name is not None:
         check_name(wish.name)
     if wish.ttl is not None:
         parse_ttl(wish.ttl)
     if wish.idle_stop is not None:
         parse_idle_stop(wish.idle_stop)
+    control.service.life.serving.cgroups.check(parse_limits(wish.cpu, wish.memory))
     for tag in wish.tags:
         check_tag(tag)
     given = {
@@ -61,6 +59,8 @@ async def create_branch(
         "parent": wish.parent,
         "ttl": wish.ttl,
         "idle_stop": wish.idle_stop,
+        "cpu": wish.cpu,
+        "memory": wish.memory,
         "tags": wish.tags,
         "auth": wish.auth,
     }

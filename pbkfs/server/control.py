@@ -23,12 +23,14 @@ from pbkfs.branch.errors import (
     ParentNotReadyError,
     UnknownHeadError,
 )
+from pbkfs.branch.limits import parse_limits
 from pbkfs.branch.names import check_name, make_name
 from pbkfs.branch.service import Service
 from pbkfs.branch.settings import MAIN
 from pbkfs.branch.store import Head, Kind
 from pbkfs.branch.views import HeadView
 from pbkfs.errors import PbkfsError
+from pbkfs.postgres.cgroup import Limits
 from pbkfs.server.hands import Event, Hands
 from pbkfs.server.numbers import Numbers, Storage
 from pbkfs.server.problems import StoppingError
@@ -242,6 +244,8 @@ class Control:
             and bool(head.expires_at) == bool(arguments["ttl"])
             and head.idle_stop_s
             == (parse_idle_stop(arguments["idle_stop"]) if arguments["idle_stop"] else None)
+            and Limits(head.cpu_limit, head.memory_limit_bytes)
+            == parse_limits(arguments["cpu"], arguments["memory"])
         )
 
     async def _check_parent(self, parent: str) -> None:

@@ -17,6 +17,8 @@ _NAME = {"pattern": "^[a-z0-9][a-z0-9._-]{0,62}$"}
 _TAG = {"pattern": "^[^\\s,\\u0000]{1,128}$"}
 _DURATION = r"([0-9]+(\.[0-9]*)?(ms|s|m|h|d|w))+"
 _IDLE_STOP = {"pattern": f"^(never|{_DURATION})$", "examples": ["30m", "2h"]}
+_CPU = {"pattern": r"^([0-9]+(\.[0-9]+)?|\.[0-9]+)m?$", "examples": ["500m", "2"]}
+_MEMORY = {"pattern": "^[0-9]+(\\.[0-9]+)?[KMGT]i?$", "examples": ["512Mi"]}
 _TTL = {"pattern": f"^(never|{_DURATION})$", "examples": ["2h", "7d", "90m"]}
 
 
@@ -54,8 +56,16 @@ class NewBranch(_Request):
     idle_stop: IdleStop = None
     tags: list[Tag] = []
     auth: Auth = "password"
-    cpu: Annotated[Text | None, Field(description="Not available in this version.")] = None
-    memory: Annotated[Text | None, Field(description="Not available in this version.")] = None
+    cpu: Annotated[
+        Text | None,
+        Field(
+            description="Most processors, where cgroups of version 2 are.", json_schema_extra=_CPU
+        ),
+    ] = None
+    memory: Annotated[
+        Text | None,
+        Field(description="Most memory, where they are.", json_schema_extra=_MEMORY),
+    ] = None
 
 
 class BranchChange(_Request):
@@ -147,6 +157,8 @@ class Branch(_Head):
     expires_at: str | None
     idle_stop_seconds: float | None
     asleep: Annotated[bool, Field(description="Stopped as idle; a client starts it.")]
+    cpu_limit: Annotated[float | None, Field(description="In processors.")]
+    memory_limit_bytes: int | None
 
 
 class Trunk(_Head):

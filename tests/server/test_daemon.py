@@ -18,6 +18,9 @@ from fix_mounts import run_pbkfs
 from fix_postgres import wait_until
 from fix_web import Daemon
 
+# With 200 of them it takes some minutes; no more than there are ports and branches allowed.
+_N_CLIENTS = int(os.environ.get("PBKFS_TEST_CLIENTS", "50"))
+
 
 @pytest.fixture
 def prod(daemon: Daemon, pgdata_template: Path) -> Iterator[Daemon]:
@@ -290,8 +293,8 @@ def test_command_line_beside_the_daemon(prod: Daemon) -> None:
     assert prod.heads.names() == ["a"]
 
 
-@pytest.mark.timeout(900)
-def test_fifty_clients(prod: Daemon) -> None:
+@pytest.mark.timeout(60 + 20 * _N_CLIENTS)
+def test_many_clients(prod: Daemon) -> None:
     def work(number: int) -> list[int]:
         name = f"b{number}"
         statuses = []
@@ -305,10 +308,11 @@ def test_fifty_clients(prod: Daemon) -> None:
         gone = prod.request("DELETE", f"/api/v1/branches/{name}?wait=10m", timeout=600)
         return [*statuses, gone.status]
 
-    with ThreadPoolExecutor(50) as pool:
-        found = Counter(status for statuses in pool.map(work, range(50)) for status in statuses)
-    assert set(found) <= {200, 201, 202, 503}, found
-    assert found[201] == found[202] == 50, found
+    with ThreadPoolExecutor(_N_CLIENTS) as pool:
+        done = pool.map(work, range(_N_CLIENTS))
+        found = Counter(status for statuses in done for status in statuses)
+    assert set(found) <= {200, 201, 202}, found
+    assert found[201] == found[202] == _N_CLIENTS, found
     assert prod.names() == []
     run_pbkfs("branch", "list", **prod.heads.env)  # settles, which here finds nothing to do
     assert prod.leftovers() == []
