@@ -42,12 +42,16 @@ import click
     show_default=True,
     help="Form of the log on stderr.",
 )
+@click.option(
+    "--systemd-unit", "shows_unit", is_flag=True, help="Print a unit for systemd, and end."
+)
 def command(
     host: str,
     port: int | None,
     path: Path | None,
     token_file: Path | None,
     log_format: str,
+    shows_unit: bool,
 ) -> None:
     """Serve trunks and branches over REST, in the foreground: /api/v1 on a socket and the loopback.
 
@@ -55,7 +59,16 @@ def command(
     is under way has ended; servers of trunks and branches run on.
     """
     import dataclasses
+    import os
+    import shutil
+    import sys
 
+    if shows_unit:
+        from pbkfs.server.unit import format_unit
+
+        program = Path(shutil.which(sys.argv[0]) or Path(sys.executable).with_name("pbkfs"))
+        click.echo(format_unit(program.absolute(), is_root=os.geteuid() == 0), nl=False)
+        return
     from pbkfs.branch.settings import read_settings
     from pbkfs.errors import UsageError
     from pbkfs.server.daemon import SOCKET_NAME, Bind, run
