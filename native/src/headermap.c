@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "pbk/bytes.h"
 #include "pbk/crc32c.h"
@@ -14,6 +15,8 @@
 #include "pbk/pagestream.h"
 
 #define ENTRY 24u
+/* The most that deflate makes of a byte. Source: zlib.h, "Maximum Compression Factor". */
+#define DEFLATE_RATIO 1032u
 #define ENTRY_BLOCK 8u
 #define ENTRY_POS 12u
 
@@ -56,6 +59,18 @@ int pbk_headermap_walk(int map_fd, int64_t off, int64_t size, uint32_t crc, uint
     /* zlib's worst case is 5 bytes in 16 KiB and a few. */
     if (off < 0 || size <= 0 || (uint64_t)size > n + n / 1000 + 64 || off > INT64_MAX - size) {
         walk->reason = "list has an impossible place in the header map";
+        return -EIO;
+    }
+    /* Neither may be larger than what is really there lets expect, or a lying list could have any amount of memory. */
+    struct stat st;
+    if (fstat(map_fd, &st) != 0)
+        return -errno;
+    if (off + size > st.st_size) {
+        walk->reason = "header map is truncated";
+        return -EIO;
+    }
+    if (n / DEFLATE_RATIO > (uint64_t)size) {
+        walk->reason = "list has more headers than its part of the header map";
         return -EIO;
     }
     packed = malloc((size_t)size);
