@@ -57,6 +57,8 @@ class Lifecycle:
     locks: Locks
     engine: Engine
     serving: Serving
+    measures: bool = True
+    """Whether sizes are measured at all: a walk over all files of all heads."""
 
     # --- finding --------------------------------------------------------------------------------
 
@@ -361,11 +363,13 @@ class Lifecycle:
         password = self.serving.password(head) if with_password else None
         return Connection(host, head.port, head.pg_user, head.pg_database, password)
 
-    def view(self, kind: Kind | None = None, *, with_sizes: bool = True) -> list[HeadView]:
-        """Return all heads as they are shown, oldest first."""
+    def view(
+        self, kind: Kind | None = None, *, name: str | None = None, with_sizes: bool = True
+    ) -> list[HeadView]:
+        """Return all heads, or those of a kind or name, as they are shown, oldest first."""
         with self.store.transaction() as tx:
             heads, tags = tx.heads(), tx.tags()
-        sizes = self.sizes(heads) if with_sizes else {}
+        sizes = self.sizes(heads) if with_sizes and self.measures else {}
         names = {head.id: head.name for head in heads}
         children: dict[str, list[str]] = {}
         depths: dict[str, int] = {}
@@ -385,12 +389,12 @@ class Lifecycle:
                 children=children.get(head.id, []),
             )
             for head in heads
-            if kind is None or head.kind == kind
+            if kind in (None, head.kind) and name in (None, head.name)
         ]
 
     def view_one(self, head: Head, notes: list[str] | None = None) -> HeadView:
         """Return one head as it is shown."""
-        for found in self.view():
+        for found in self.view(name=self.reload(head).name):
             if found.head.id == head.id:
                 found.notes.extend(notes or [])
                 return found

@@ -31,7 +31,7 @@ from pbkfs.mount.binding import read_binding, write_binding
 from pbkfs.mount.mounts import find_mountpoint
 from pbkfs.mount.opening import open_mount
 from pbkfs.mount.request import MountRequest
-from pbkfs.mount.target import find_target, state_of
+from pbkfs.mount.target import state_of, target_of
 from pbkfs.overlay.folding import Folded, find_run, read_layers, replace_run
 from pbkfs.overlay.layer import Layer, delete_layer
 from pbkfs.overlay.superblock import NAME as SUPERBLOCK
@@ -107,9 +107,10 @@ class OverlayEngine:
     def is_mounted(self, head_id: str) -> bool:
         """Return whether the head's mount is there and served."""
         diff = self._layout.head(head_id)
-        if find_mountpoint(self._layout.mount(head_id)) is None or not diff.is_dir():
+        entry = find_mountpoint(self._layout.mount(head_id))
+        if entry is None or not diff.is_dir():
             return False
-        return state_of(find_target(None, diff)) != "dead"
+        return state_of(target_of(diff, entry)) != "dead"
 
     # --- branching ------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from pbkfs.errors import UnsupportedError
 class Service:
     """Trunks and branches of one DATA directory."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, measures: bool = True) -> None:
         self.settings = settings
         self.layout = Layout(settings.data_dir)
         self.layout.prepare()
@@ -42,6 +42,7 @@ class Service:
             locks=Locks(self.layout.lock),
             engine=_choose_engine(settings, self.layout),
             serving=Serving(self.layout, settings),
+            measures=measures,
         )
         self.branches = Branches(self.life)
         self.trunks = Trunks(self.life, self.branches)
@@ -85,9 +86,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def open_service(settings: Settings) -> Iterator[Service]:
-    """Open the service and close it again."""
-    service = Service(settings)
+def open_service(settings: Settings, *, measures: bool = True) -> Iterator[Service]:
+    """Open the service and close it again; without ``measures`` all sizes are 0."""
+    service = Service(settings, measures=measures)
     try:
         yield service
     finally:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 FSTYPE = "fuse.pbkfs"
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
+# Source: fs/proc_namespace.c, mangle: these are written as octal numbers.
+_ESCAPED = re.compile(rb"[ \t\n\\#]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +55,29 @@ def _decode(field: bytes) -> str:
     return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))
 
 
-def read_mounts() -> list[MountEntry]:
-    """Return all mounts of the caller's mount namespace."""
+def read_mounts(path: Path | None = None) -> list[MountEntry]:
+    """Return all mounts of the caller's mount namespace, or at least those that name ``path``.
+
+    To parse a line costs a hundred times as much as to look whether a word is in it, which counts
+    where there are hundreds of mounts and each of them is asked for.
+    """
     with open("/proc/self/mountinfo", "rb") as file:
-        return parse_mountinfo(file.read())
+        data = file.read()
+    word = os.fsencode(path.name) if path is not None else b""
+    if word and not _ESCAPED.search(word):
+        data = b"\n".join(line for line in data.splitlines() if word in line)
+    return parse_mountinfo(data)
 
 
-def our_mounts() -> list[MountEntry]:
-    """Return the mounts of pbkfs, without bind mounts of parts of them."""
-    return [e for e in read_mounts() if e.fstype == FSTYPE and e.root == "/"]
+def our_mounts(diff: Path | None = None) -> list[MountEntry]:
+    """Return the mounts of pbkfs, or at least those of ``diff``; no bind mounts of their parts."""
+    return [e for e in read_mounts(diff) if e.fstype == FSTYPE and e.root == "/"]
 
 
 def find_mountpoint(mountpoint: Path) -> MountEntry | None:
     """Return what is mounted exactly on ``mountpoint`` (the topmost), whatever its type."""
     found = None
-    for entry in read_mounts():
+    for entry in read_mounts(mountpoint):
         if entry.mountpoint == mountpoint:
             found = entry
     return found
@@ -75,7 +85,7 @@ def find_mountpoint(mountpoint: Path) -> MountEntry | None:
 
 def find_diff(diff: Path) -> MountEntry | None:
     """Return the mount of ``diff``, dead or alive."""
-    for entry in our_mounts():
+    for entry in our_mounts(diff):
         if entry.source == str(diff):
             return entry
     return None

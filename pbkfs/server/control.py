@@ -268,11 +268,13 @@ class Control:
 
     # --- showing --------------------------------------------------------------------------------
 
-    async def views(self, kind: Kind | None = None, *, with_sizes: bool = True) -> list[HeadView]:
-        """Return all heads, or those of a kind, as they are shown."""
+    async def views(
+        self, kind: Kind | None = None, *, name: str | None = None, with_sizes: bool = True
+    ) -> list[HeadView]:
+        """Return all heads, or those of a kind or name, as they are shown."""
 
         def look() -> list[HeadView]:
-            return self.service.life.view(kind, with_sizes=False)
+            return self.service.life.view(kind, name=name, with_sizes=False)
 
         if with_sizes:
             await self.measure()
@@ -283,9 +285,8 @@ class Control:
 
     async def show(self, name: str, kind: Kind) -> HeadView:
         """Return one head as it is shown. Raises UnknownHeadError."""
-        for view in await self.views(kind):
-            if view.name == name:
-                return view
+        for view in await self.views(kind, name=name):
+            return view
         failure = self._failures.get(name)
         if failure is not None:
             raise UnknownHeadError(

@@ -39,7 +39,8 @@ def run_operation(
     say: Say,
 ) -> Any:
     """Run an operation; ``begun`` is called once it can be seen by others. Raises PbkfsError."""
-    with open_service(settings) as service:
+    # The daemon measures when it is asked for sizes.
+    with open_service(settings, measures=False) as service:
         return _OPERATIONS[operation](_Work(service, arguments, begun, say))
 
 

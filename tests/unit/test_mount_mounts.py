@@ -83,3 +83,12 @@ def test_busy_error_gives_the_next_step() -> None:
 def test_describe_cuts_long_lists() -> None:
     users = [Holder(n, "x", False) for n in range(12)]
     assert holders.describe(users, limit=2) == "pid 0 (x), pid 1 (x) and 10 more"
+
+
+def test_only_lines_that_name_a_path(tmp_path: Path) -> None:
+    everywhere = read_mounts()
+    for entry in everywhere:
+        assert entry in read_mounts(entry.mountpoint)
+    # A name that is written in another way is looked for in all lines.
+    assert read_mounts(tmp_path / "with a blank") == everywhere
+    assert read_mounts(tmp_path / "nothing") == []
