@@ -1,4 +1,4 @@
-"""``pbkfs check``: is a diff sound? Like fsck: offline, and it changes nothing."""
+"""``pbkfs check``: is a diff sound? Like fsck: offline, and it changes nothing but on request."""
 
 from __future__ import annotations
 
@@ -20,12 +20,25 @@ if TYPE_CHECKING:
 @click.command()
 @diff_option
 @format_option
+@click.option(
+    "--repair",
+    "is_repaired",
+    is_flag=True,
+    help="Settle what a crash left: a torn tail, unfinished truncations, objects without a name, "
+    "temporary files. A damaged diff is left as it is.",
+)
 @debug_option
-def command(*, diff: Path | None, output: str, debug: bool) -> int:  # noqa: ARG001 - read by main
+def command(
+    *,
+    diff: Path | None,
+    output: str,
+    is_repaired: bool,
+    debug: bool,  # noqa: ARG001 - read by main
+) -> int:
     """Check a diff that is not mounted: superblock, journal, names, objects, page maps, pg_wal.
 
-    Changes nothing. Exit code 0: sound, perhaps with notes of what the next mount settles; 7:
-    damaged.
+    Changes nothing without --repair. Exit code 0: sound, perhaps with notes of what the next mount
+    settles; 7: damaged.
     """
     if diff is None:
         raise UsageError("no diff is given", hint="Name it: -d DIR.")
@@ -36,6 +49,8 @@ def command(*, diff: Path | None, output: str, debug: bool) -> int:  # noqa: ARG
     path = resolve(diff)
     if not path.is_dir():
         raise NotFoundError(f"diff {path} does not exist", hint="Name the directory of a diff.")
+    if is_repaired:
+        return _repair(path, output)
     with lock.hold_off(path):
         base = _open_base(path)
         if base is None:
@@ -47,6 +62,26 @@ def command(*, diff: Path | None, output: str, debug: bool) -> int:  # noqa: ARG
         echo_json(_to_json(report))
     else:
         click.echo(_format(report))
+    return 0 if report.is_clean else DiffError.exit_code
+
+
+def _repair(path: Path, output: str) -> int:
+    from pbkfs.mount.repairing import repair
+
+    found = repair(path)
+    report = found.report
+    if output == "json":
+        echo_json({**_to_json(report), "repaired": [each.message for each in found.done]})
+    else:
+        for each in found.done:
+            click.echo(f"repaired: {each.message}")
+        click.echo(_format(report))
+    if found.was_refused:
+        warn(
+            f"nothing was repaired in diff {path}: it is damaged",
+            "What looks left over may be somebody's data whose record is damaged. Restore the "
+            "damaged part, or branch or mount anew.",
+        )
     return 0 if report.is_clean else DiffError.exit_code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -60,3 +61,77 @@ def test_what_is_no_diff(place: Path) -> None:
     assert done.returncode == DiffError.exit_code
     assert "error: cannot read superblock" in done.stdout
     assert run_pbkfs("check", check=False).returncode == 2
+
+
+def leave_behind(at: Place, base: Path) -> None:
+    """What a crash may leave, all of it."""
+    at.mount("--base", base)
+    (at.mnt / "base/1/1259").write_bytes(b"other")
+    (at.mnt / "made").write_bytes(b"kept")
+    os.sync()
+    at.kill()
+    run_pbkfs("unmount", "-D", at.mnt, "--force")
+    with open(at.diff / "journal", "ab") as journal:
+        journal.write(b"torn")
+    (at.diff / "objects/ff").mkdir(exist_ok=True)
+    (at.diff / "objects/ff/ff").write_bytes(b"orphan")
+    (at.diff / "pg_wal.new").mkdir()
+    (at.diff / "pg_wal.new" / "000000010000000000000001").write_bytes(b"half")
+    (at.diff / ".superblock.json.123.tmp").write_bytes(b"half")
+    (at.diff / ".mine.tmp").write_bytes(b"somebody's")
+    (at.diff / "notes.txt").write_bytes(b"somebody's")
+
+
+def test_repair_settles_what_a_crash_left(at: Place, base: Path) -> None:
+    leave_behind(at, base)
+    before = run_pbkfs("check", "-d", at.diff).stdout
+    assert before == run_pbkfs("check", "-d", at.diff).stdout
+    notes = {line.removeprefix("note: ") for line in before.splitlines()[:-1]}
+    assert len(notes) == 6
+
+    lines = run_pbkfs("check", "-d", at.diff, "--repair").stdout.splitlines()
+    repaired = {line.removeprefix("repaired: ") for line in lines if line.startswith("repaired")}
+    left = {line.removeprefix("note: ") for line in lines if line.startswith("note")}
+    assert repaired | left == notes
+    assert {name for name in (".mine.tmp", "notes.txt") if any(name in each for each in left)} == {
+        ".mine.tmp",
+        "notes.txt",
+    }
+    assert len(left) == 2
+    assert not (at.diff / "objects/ff/ff").exists()
+    assert not (at.diff / "pg_wal.new").exists()
+    assert (at.diff / ".mine.tmp").read_bytes() == b"somebody's"
+    assert (at.diff / "lock").read_bytes() == b""
+    again = json.loads(run_pbkfs("check", "-d", at.diff, "--repair", "-o", "json").stdout)
+    assert (again["clean"], again["repaired"], len(again["findings"])) == (True, [], 2)
+
+    at.mount("--reuse")
+    assert (at.mnt / "base/1/1259").read_bytes() == b"other"
+    assert (at.mnt / "made").read_bytes() == b"kept"
+    busy = run_pbkfs("check", "-d", at.diff, "--repair", check=False)
+    assert busy.returncode == BusyError.exit_code
+
+
+def test_a_damaged_diff_is_not_repaired(at: Place, base: Path) -> None:
+    leave_behind(at, base)
+    for path in (at.diff / "objects").glob("*/*"):
+        if path.read_bytes() == b"other":
+            path.unlink()
+    journal = (at.diff / "journal").read_bytes()
+    done = run_pbkfs("check", "-d", at.diff, "--repair", check=False)
+    assert done.returncode == DiffError.exit_code
+    assert "repaired:" not in done.stdout
+    assert "is missing (file 'base/1/1259')" in done.stdout
+    assert "nothing was repaired" in done.stderr
+    assert (at.diff / "objects/ff/ff").exists()
+    assert (at.diff / "pg_wal.new").exists()
+    assert (at.diff / "journal").read_bytes() == journal
+
+
+def test_repair_needs_the_base(at: Place, base: Path) -> None:
+    at.mount("--base", base)
+    run_pbkfs("unmount", "-D", at.mnt)
+    (at.diff / "binding.json").unlink()
+    done = run_pbkfs("check", "-d", at.diff, "--repair", check=False)
+    assert done.returncode == DiffError.exit_code
+    assert "the base of diff" in done.stderr
