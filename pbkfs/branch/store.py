@@ -161,7 +161,10 @@ class Store:
     def changes(self) -> int:
         """Return a number that is another one once another connection has changed the store."""
         with self._mutex:
-            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+            try:
+                return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+            except sqlite3.DatabaseError as error:
+                raise _explain(self.path, error) from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:

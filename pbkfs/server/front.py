@@ -109,6 +109,9 @@ class Front:
                 await self._serve_stream(client, stream)
         except (trio.BrokenResourceError, OSError) as error:
             logger.debug("a client of a sleeping branch is gone: %s", error)
+        except Exception:
+            # One client must not end the daemon.
+            logger.exception("a client of a sleeping branch was dropped")
         finally:
             self.n_clients -= 1
 
@@ -152,7 +155,11 @@ class Front:
         """Carry bytes between a client and the server, at the address that the client chose."""
         host, _, *rest = client.getsockname()
         with trio.socket.socket(client.family, socket.SOCK_STREAM) as connection:
-            await connection.connect((host, port, *rest))
+            try:
+                await connection.connect((host, port, *rest))
+            except OSError as error:
+                await refuse(stream, f"the branch's server is gone again: {error.strerror}")
+                return
             server = trio.SocketStream(connection)
             async with trio.open_nursery() as nursery:
 

@@ -7,12 +7,14 @@ import random
 from pathlib import Path
 
 import psycopg
+import pytest
 from fix_trunks import Heads
 from ledger import Ledger
 
 _N_BRANCHES = int(os.environ.get("PBKFS_TEST_BRANCHES", "4"))
 
 
+@pytest.mark.timeout(180 + 30 * _N_BRANCHES)
 def test_branches_at_random_moments(heads: Heads, stopped_cluster: Path) -> None:
     heads.trunk("prod", stopped_cluster)
     uri = heads.uri("prod", "trunk")
@@ -21,7 +23,9 @@ def test_branches_at_random_moments(heads: Heads, stopped_cluster: Path) -> None
     ledger = Ledger()
     ledger.create(uri)
     arguments = ["-h", "127.0.0.1", "-p", port, "-U", "postgres", "-n", "-c", "3", "-j", "2"]
-    load = heads.spawn_program("pgbench", *arguments, "-T", "600", "postgres", PGPASSWORD=password)
+    load = heads.spawn_program(
+        "pgbench", *arguments, "-T", "36000", "postgres", PGPASSWORD=password
+    )
     ledger.begin(uri)
     try:
         for number in range(_N_BRANCHES):

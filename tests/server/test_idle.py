@@ -8,7 +8,6 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +16,11 @@ from fix_web import Daemon
 
 
 @pytest.fixture
-def prod(daemon: Daemon, pgdata_template: Path) -> Iterator[Daemon]:
-    """A daemon that is running, with a stopped trunk ``prod`` of a directory."""
-    daemon.start(PBKFS_TRUNK_AUTO_START="false", PBKFS_LOG_LEVEL="debug")
-    wish = {"name": "prod", "directory": str(pgdata_template), "start": False}
-    assert daemon.post("trunks?wait=true", wish).status == 201
-    yield daemon
-    wait_until(lambda: daemon.leftovers() == [])  # one of them may be falling asleep just now
+def tidy(served: Daemon) -> Iterator[Daemon]:
+    """The module's daemon, which has nothing left over at the end."""
+    yield served
+    # One of them may be falling asleep just now.
+    wait_until(lambda: served.leftovers() == [])
 
 
 def _uri(daemon: Daemon, name: str) -> str:
@@ -62,12 +59,12 @@ def _psql(daemon: Daemon, uri: str, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def test_sleep_and_wake(prod: Daemon) -> None:
-    made = prod.branch("a", "prod", idle_stop="1s")
+def test_sleep_and_wake(tidy: Daemon) -> None:
+    made = tidy.branch("a", idle_stop="1s")
     assert (made["idle_stop_seconds"], made["asleep"]) == (1.0, False)
-    uri = _uri(prod, "a")
+    uri = _uri(tidy, "a")
     # A session that does nothing is a client, too.
-    with _psql(prod, uri) as session:
+    with _psql(tidy, uri) as session:
         assert session.stdin is not None
         assert session.stdout is not None
         session.stdin.write("create table t (n int); select 'made';\n")
@@ -82,38 +79,39 @@ def test_sleep_and_wake(prod: Daemon) -> None:
         # The daemon asks every half second, so it has had time enough to stop it.
         before = n_sessions()
         wait_until(lambda: n_sessions() >= before + 5)
-        assert prod.get("branches/a").json["status"] == "running"
-    found = _wait_asleep(prod, "a")
+        assert tidy.get("branches/a").json["status"] == "running"
+    found = _wait_asleep(tidy, "a")
     assert (found["status"], found["port"]) == ("stopped", made["port"])
-    assert "stopped, asleep" in prod.heads.run("branch", "list").stdout
-    assert "stopped, asleep" in prod.heads.run("branch", "list", "--tree").stdout
-    assert "after 1s without a client" in prod.heads.run("branch", "info", "a").stdout
-    assert prod.leftovers() == []
+    assert "stopped, asleep" in tidy.heads.run("branch", "list").stdout
+    assert "stopped, asleep" in tidy.heads.run("branch", "list", "--tree").stdout
+    assert "after 1s without a client" in tidy.heads.run("branch", "info", "a").stdout
+    assert tidy.leftovers() == []
     # One that only looks whether somebody is there wakes nobody.
     assert _is_listening(made["port"])
     # The old URI is right, and the session that wakes it is like any other.
-    with _psql(prod, uri) as session:
+    with _psql(tidy, uri) as session:
         said, complaints = session.communicate(
             "insert into t select generate_series(1, 50000);\n"
             "select count(*), repeat('x', 2000000) from t;\n"
         )
     assert session.returncode == 0, complaints
     assert said == "50000|" + "x" * 2000000 + "\n"
-    assert prod.get("branches/a").json["asleep"] is False
+    assert tidy.get("branches/a").json["asleep"] is False
     # And again.
-    _wait_asleep(prod, "a")
-    assert prod.heads.programs.sql(uri, "select count(*) from t") == "50000"
-    assert prod.patch("branches/a", {"idle_stop": "never"}).json["idle_stop_seconds"] is None
-    events = prod.heads.run("branch", "log", "a", "--events").stdout
+    _wait_asleep(tidy, "a")
+    assert tidy.heads.programs.sql(uri, "select count(*) from t") == "50000"
+    assert tidy.patch("branches/a", {"idle_stop": "never"}).json["idle_stop_seconds"] is None
+    events = tidy.heads.run("branch", "log", "a", "--events").stdout
     assert events.count("fell asleep") == 2, events
 
 
-def test_many_clients_at_once(prod: Daemon) -> None:
-    prod.branch("a", "prod", idle_stop="1s")
-    uri = _uri(prod, "a")
-    _wait_asleep(prod, "a")
-    assert prod.patch("branches/a", {"idle_stop": "1h"}).status == 200
-    port = prod.get("branches/a").json["port"]
+def test_many_clients_at_once(tidy: Daemon) -> None:
+    tidy.branch("a", idle_stop="1s")
+    uri = _uri(tidy, "a")
+    _wait_asleep(tidy, "a")
+    assert tidy.patch("branches/a", {"idle_stop": "1h"}).status == 200
+    port = tidy.get("branches/a").json["port"]
+    before = tidy.log.read_text()
     # All of them are there before the first one says a word: so none comes in the moment in which
     # the port changes hands.
     silent = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(30)]
@@ -127,101 +125,103 @@ def test_many_clients_at_once(prod: Daemon) -> None:
     with ThreadPoolExecutor(30) as pool:
         answers = list(pool.map(ask, silent))
     assert set(answers) == {b"N"}, answers
-    assert prod.get("branches/a").json["status"] == "running"
-    assert prod.heads.programs.sql(uri, "select 1") == "1"
-    log = prod.log.read_text()
+    assert tidy.get("branches/a").json["status"] == "running"
+    assert tidy.heads.programs.sql(uri, "select 1") == "1"
+    log = tidy.log.read_text()[len(before) :]
     assert log.count("a client wakes it") == 1
 
 
-def test_commands_on_one_that_is_asleep(prod: Daemon) -> None:
-    made = prod.branch("a", "prod", idle_stop="1s")
-    uri = _uri(prod, "a")
-    prod.sql("a", "create table t (n int)")
-    _wait_asleep(prod, "a")
+def test_commands_on_one_that_is_asleep(tidy: Daemon) -> None:
+    made = tidy.branch("a", idle_stop="1s")
+    uri = _uri(tidy, "a")
+    tidy.sql("a", "create table t (n int)")
+    _wait_asleep(tidy, "a")
     # Branched, renamed, reset: it sleeps on, and wakes as what it is by then.
-    prod.branch("b", "a")
-    assert prod.sql("b", "select count(*) from t") == "0"
-    assert prod.patch("branches/a", {"name": "c"}).json["asleep"] is True
-    assert prod.post("branches/c/reset").json["status"] == "stopped"
-    _wait_asleep(prod, "c")
-    assert prod.heads.programs.sql(uri, "select to_regclass('t') is null") == "t"
-    _wait_asleep(prod, "c")
+    tidy.branch("b", "a")
+    assert tidy.sql("b", "select count(*) from t") == "0"
+    assert tidy.patch("branches/a", {"name": "c"}).json["asleep"] is True
+    assert tidy.post("branches/c/reset").json["status"] == "stopped"
+    _wait_asleep(tidy, "c")
+    assert tidy.heads.programs.sql(uri, "select to_regclass('t') is null") == "t"
+    _wait_asleep(tidy, "c")
     # Started and restarted by the command line, beside the daemon: the port is its own.
-    prod.heads.run("branch", "idle-stop", "c", "1h")
-    assert prod.heads.json("branch", "start", "c")["port"] == made["port"]
-    prod.heads.run("branch", "idle-stop", "c", "1s")
-    _wait_asleep(prod, "c")
-    prod.heads.run("branch", "idle-stop", "c", "1h")
-    assert prod.heads.json("branch", "restart", "c")["port"] == made["port"]
+    tidy.heads.run("branch", "idle-stop", "c", "1h")
+    assert tidy.heads.json("branch", "start", "c")["port"] == made["port"]
+    tidy.heads.run("branch", "idle-stop", "c", "1s")
+    _wait_asleep(tidy, "c")
+    tidy.heads.run("branch", "idle-stop", "c", "1h")
+    assert tidy.heads.json("branch", "restart", "c")["port"] == made["port"]
     # Stopped by hand it is stopped.
-    prod.heads.run("branch", "idle-stop", "c", "1s")
-    _wait_asleep(prod, "c")
-    stopped = prod.post("branches/c/stop").json
+    tidy.heads.run("branch", "idle-stop", "c", "1s")
+    _wait_asleep(tidy, "c")
+    stopped = tidy.post("branches/c/stop").json
     assert (stopped["status"], stopped["asleep"]) == ("stopped", False)
     wait_until(lambda: not _is_listening(made["port"]))
-    prod.get("branches/c/connection").problem(409, "wrong_state")
+    tidy.get("branches/c/connection").problem(409, "wrong_state")
     # Asleep, and destroyed, by its time to live.
-    prod.post("branches/c/start")
-    _wait_asleep(prod, "c")
-    prod.delete("branches/b?wait=true")
-    assert prod.delete("branches/c?wait=true").json["status"] == "deleted"
+    tidy.post("branches/c/start")
+    _wait_asleep(tidy, "c")
+    tidy.delete("branches/b?wait=true")
+    assert tidy.delete("branches/c?wait=true").json["status"] == "deleted"
     wait_until(lambda: not _is_listening(made["port"]))
 
 
-def test_start_that_fails(prod: Daemon) -> None:
-    prod.branch("a", "prod", idle_stop="1s")
-    uri = _uri(prod, "a")
-    found = _wait_asleep(prod, "a")
-    wal = prod.heads.layout.head(found["id"]) / "pg_wal"
+def test_start_that_fails(tidy: Daemon) -> None:
+    tidy.branch("a", idle_stop="1s")
+    uri = _uri(tidy, "a")
+    found = _wait_asleep(tidy, "a")
+    wal = tidy.heads.layout.head(found["id"]) / "pg_wal"
     hidden = wal.rename(wal.with_name("hidden"))
     for mode in ("prefer", "disable"):
-        with _psql(prod, f"{uri}?sslmode={mode}", "-c", "select 1") as session:
+        with _psql(tidy, f"{uri}?sslmode={mode}", "-c", "select 1") as session:
             _, complaints = session.communicate()
         assert session.returncode == 2
         assert "FATAL:  the branch cannot be started: " in complaints, complaints
         # The front is there again.
-        assert _wait_asleep(prod, "a")["status"] == "error"
+        assert _wait_asleep(tidy, "a")["status"] == "error"
     hidden.rename(wal)
-    assert prod.heads.programs.sql(uri, "select 1") == "1"
+    assert tidy.heads.programs.sql(uri, "select 1") == "1"
 
 
-def test_end_of_the_daemon(prod: Daemon) -> None:
-    made = prod.branch("a", "prod", idle_stop="1s")
-    uri = _uri(prod, "a")
-    _wait_asleep(prod, "a")
-    assert prod.stop() == 0
+def test_end_of_the_daemon(daemon: Daemon) -> None:
+    daemon.start()
+    made = daemon.branch("a", idle_stop="1s")
+    uri = _uri(daemon, "a")
+    _wait_asleep(daemon, "a")
+    assert daemon.stop() == 0
     # Without it the branch is one that is stopped.
     assert not _is_listening(made["port"])
-    assert "is stopped" in prod.heads.fail(8, "branch", "connect", "a", "--uri")
+    assert "is stopped" in daemon.heads.fail(8, "branch", "connect", "a", "--uri")
     # Its port is kept for it, and taken by somebody else meanwhile.
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", made["port"]))
         other.listen()
-        prod.expected.append("can't be woken by clients")
-        prod.start()
-        wait_until(lambda: "can't be woken by clients" in prod.log.read_text())
-    _wait_asleep(prod, "a")
-    assert prod.heads.programs.sql(uri, "select 1") == "1"
-    _wait_asleep(prod, "a")
-    prod.kill_all()
-    prod.start()
-    _wait_asleep(prod, "a")
-    assert prod.heads.programs.sql(uri, "select 1") == "1"
+        daemon.expected.append("can't be woken by clients")
+        daemon.start()
+        wait_until(lambda: "can't be woken by clients" in daemon.log.read_text())
+    _wait_asleep(daemon, "a")
+    assert daemon.heads.programs.sql(uri, "select 1") == "1"
+    _wait_asleep(daemon, "a")
+    daemon.kill_all()
+    daemon.start()
+    _wait_asleep(daemon, "a")
+    assert daemon.heads.programs.sql(uri, "select 1") == "1"
     # A start that dies half-way leaves it asleep.
-    _wait_asleep(prod, "a")
-    with _psql(prod, uri, "-c", "select 1") as session:
-        wait_until(lambda: prod.get("branches/a").json["status"] == "starting")
-        prod.kill_all()
+    _wait_asleep(daemon, "a")
+    with _psql(daemon, uri, "-c", "select 1") as session:
+        wait_until(lambda: daemon.get("branches/a").json["status"] == "starting")
+        daemon.kill_all()
         session.communicate()
-    prod.start()
-    wait_until(lambda: prod.get("branches/a").json["status"] in ("stopped", "running"), 90)
-    wait_until(lambda: prod.get("branches/a/connection").status == 200, 90)
-    assert prod.heads.programs.sql(uri, "select 1") == "1"
+    daemon.start()
+    wait_until(lambda: daemon.get("branches/a").json["status"] in ("stopped", "running"), 90)
+    wait_until(lambda: daemon.get("branches/a/connection").status == 200, 90)
+    assert daemon.heads.programs.sql(uri, "select 1") == "1"
+    wait_until(lambda: daemon.leftovers() == [])
 
 
-def test_refusals(prod: Daemon) -> None:
-    prod.post("branches", {"idle_stop": "soon"}).problem(400, "invalid_request")
-    prod.post("branches", {"idle_stop": "0s"}).problem(400, "invalid_request")
-    prod.patch("branches/nobody", {"idle_stop": "1h"}).problem(404, "not_found")
-    assert "idle time" in prod.heads.fail(2, "branch", "create", "a", "--idle-stop", "0s")
+def test_refusals(tidy: Daemon) -> None:
+    tidy.post("branches", {"idle_stop": "soon"}).problem(400, "invalid_request")
+    tidy.post("branches", {"idle_stop": "0s"}).problem(400, "invalid_request")
+    tidy.patch("branches/nobody", {"idle_stop": "1h"}).problem(404, "not_found")
+    assert "idle time" in tidy.heads.fail(2, "branch", "create", "a", "--idle-stop", "0s")
