@@ -546,12 +546,13 @@ ssize_t pbk_node_read(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off, 
     } else {
         err = load(node, ctx, &rq, OBJECT_READ);
     }
+    if (err == 0)
+        blank_behind(node, ctx, &rq);
     pthread_rwlock_unlock(&node->lock);
     if (err) {
         count(&nodes->counters.read_errors, 1);
         return err;
     }
-    blank_behind(node, ctx, &rq);
     int n = fill_iov(ctx, &rq, iov, max_iov);
     if (n < 0)
         n = gather(ctx, &rq, iov);

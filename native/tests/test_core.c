@@ -308,7 +308,8 @@ struct shared {
     /* What the two writers of node 1 wrote last: halves by the one, whole pages by the other. */
     uint32_t lower[N_BLOCKS];
     uint32_t upper[N_BLOCKS];
-    uint64_t cut_at; /* one thread's, read when it has ended */
+    uint64_t cut_at;              /* one thread's, read when it has ended */
+    struct pbk_source_spec below; /* of all nodes */
 };
 
 static void fill_half(uint8_t *half, uint32_t stamp)
@@ -408,7 +409,22 @@ static void *read_all(void *arg)
     return NULL;
 }
 
-/* Everything that runs beside: fsync, other files with all kinds of change, indexes dropped, the gate. */
+/* Some nodes get other sources that hold the same. */
+static void restack(struct shared *s, uint64_t *seed)
+{
+    struct pbk_restack *all = NULL;
+    uint64_t size = (uint64_t)N_BLOCKS * PBK_BLCKSZ;
+    for (uint64_t ino = 1; ino <= N_NODES; ino += 1 + below(seed, 4))
+        CHECK(pbk_nodes_prepare_restack(s->nodes, ino, size, &s->below, 1, &all) == 0);
+    CHECK(pbk_nodes_prepare_restack(s->nodes, 1, size - 1, &s->below, 1, &all) == -EINVAL);
+    CHECK(pbk_nodes_prepare_restack(s->nodes, N_NODES + 1, size, &s->below, 1, &all) == -ENOENT);
+    if (below(seed, 8) == 0)
+        pbk_nodes_cancel_restack(all);
+    else
+        pbk_nodes_restack(all);
+}
+
+/* Everything that runs beside: fsync, other files with all kinds of change, indexes dropped, the gate, new sources. */
 static void *disturb(void *arg)
 {
     struct shared *s = arg;
@@ -421,7 +437,7 @@ static void *disturb(void *arg)
     while (atomic_load(&s->n_running) > 0) {
         struct pbk_node *node = get(s, 2 + below(&seed, N_NODES - 1));
         uint64_t size = (uint64_t)below(&seed, N_BLOCKS) * PBK_BLCKSZ;
-        switch (below(&seed, 9)) {
+        switch (below(&seed, 10)) {
         case 0:
             CHECK(pbk_node_truncate(node, ctx, size) == 0);
             break;
@@ -448,6 +464,9 @@ static void *disturb(void *arg)
             CHECK(pbk_node_stat(node, &st) == 0);
             pbk_node_opened(node);
             pbk_node_released(node);
+            break;
+        case 8:
+            restack(s, &seed);
             break;
         default: {
             struct pbk_node *first = get(s, 1);
@@ -537,6 +556,7 @@ static void test_threads(void)
                                        .limit = PBK_NO_LIMIT,
                                        .compress = PBK_COMPRESS_ZLIB};
         uint64_t size = (uint64_t)N_BLOCKS * PBK_BLCKSZ;
+        s.below = spec;
         CHECK(pbk_nodes_add(s.nodes, ino, size, &spec, 1) == 0);
         CHECK(pbk_nodes_add(s.nodes, ino, size, &spec, 1) == -EEXIST);
         struct pbk_node *node = get(&s, ino);

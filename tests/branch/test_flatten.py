@@ -65,9 +65,9 @@ def _check_sizes(heads: Heads) -> None:
 
 def test_depth_is_bounded_while_branches_come_and_go(prod: Heads) -> None:
     """Of a trunk that runs and is written to all the time; every branch is what the trunk was."""
-    prod.env["PBKFS_MAX_LAYERS"] = "4"
+    prod.env["PBKFS_MAX_LAYERS"] = "3"
     depths, expected = [], {}
-    for number in range(7):
+    for number in range(6):
         _change(prod, number)
         name = f"b{number}"
         expected[name] = _content(prod, "prod", "trunk")
@@ -76,7 +76,7 @@ def test_depth_is_bounded_while_branches_come_and_go(prod: Heads) -> None:
         if number % 3 != 2:
             prod.run("branch", "destroy", f"b{number - number % 3}", "--yes", check=False)
             expected.pop(f"b{number - number % 3}", None)
-    assert max(depths) == 4, depths
+    assert max(depths) == 3, depths
     assert any(after < before for before, after in itertools.pairwise(depths))
     assert "flattened" in prod.run("trunk", "log", "prod").stdout
     last = _content(prod, "prod", "trunk")
@@ -100,7 +100,7 @@ def test_depth_is_bounded_while_branches_come_and_go(prod: Heads) -> None:
 
 
 def test_flatten_by_hand_running_and_stopped(prod: Heads) -> None:
-    for number in range(4):
+    for number in range(3):
         _change(prod, number)
         prod.branch(f"b{number}", "prod")
         if number:
@@ -109,14 +109,14 @@ def test_flatten_by_hand_running_and_stopped(prod: Heads) -> None:
     expected = _content(prod, "prod", "trunk")
     prod.sql("prod", "begin; declare c cursor for select 1; insert into t values (7); rollback",
              kind="trunk")  # fmt: skip
-    assert _n_layers(prod, "prod", "trunk") == 4
+    assert _n_layers(prod, "prod", "trunk") == 3
     assert prod.run("trunk", "flatten", "prod").stdout == (
-        "Flattened trunk 'prod': 4 layers, now 1\n"
+        "Flattened trunk 'prod': 3 layers, now 1\n"
     )
     assert _n_layers(prod, "prod", "trunk") == 1
     assert _content(prod, "prod", "trunk") == expected
     log = (head / "log" / "worker.log").read_text()
-    assert "4 layers are one now" in log
+    assert "3 layers are one now" in log
     assert not any(word in log for word in ("WARNING", "ERROR", "CRITICAL"))
     _change(prod, 9)
     assert _content(prod, "prod", "trunk") != expected

@@ -149,7 +149,7 @@ class TreePlace:
             assert report.is_clean, report.findings
         return folded
 
-    def fold_in_use(self, newest: int, n_layers: int) -> bool:
+    def fold_in_use(self, newest: int, n_layers: int, *, counts_descriptors: bool = True) -> bool:
         """Fold layers of the open diff, and let the tree go over to the new one.
 
         The old ones are deleted, so that whatever still refers to them fails. Returns False where
@@ -166,7 +166,8 @@ class TreePlace:
         except BusyError:
             new.close()
             return False
-        assert len(os.listdir("/proc/self/fd")) <= n_descriptors - 2 * len(run)
+        if counts_descriptors:
+            assert len(os.listdir("/proc/self/fd")) <= n_descriptors - 2 * len(run)
         for ref in run:
             shutil.rmtree(Path(ref.path) / "objects")
             os.unlink(Path(ref.path) / "journal")

@@ -69,6 +69,7 @@ def test_branches(remote: Remote) -> None:
     uri = remote.run("branch", "connect", "a", "--uri").strip()
     assert uri == remote.served.get("branches/a/connection").json["uri"]
     assert "ready" in remote.run("branch", "restart", "a")
+    assert "Flattened branch 'a'" in remote.run("branch", "flatten", "a")
     assert "done" in remote.run("branch", "stop", "a")
     assert remote.run("branch", "list", "-s", "stopped").splitlines()[1].split()[:3] == [
         "a", "stopped", "main",

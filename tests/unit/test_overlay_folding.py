@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from conformance.file_machine import PAGE, Snapshot, describe_difference
 from conformance.tree_place import TreePlace
 from fix_memory import memory_root
+from fix_postgres import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unit.test_overlay_faults import Killed, stop_at
@@ -464,6 +466,64 @@ def test_every_step_of_a_fold_in_use(
         step += 1
     assert n_old >= 3
     assert n_new >= 2
+
+
+def test_readers_and_writers_go_on_while_layers_are_folded(place: TreePlace) -> None:
+    """In other threads, as the dispatcher's are: no read finds anything else, no write is lost."""
+    handle = place.driver.open(BIG, os.O_RDWR)
+    for number in range(4):
+        place.driver.pwrite(handle, bytes([number + 1]) * PAGE, number * PAGE)
+        place.seal_live()
+    place.driver.pwrite(handle, b"w" * PAGE, 6 * PAGE)
+    nodes, ino = place.tree.nodes, place.driver._find(BIG).ino
+    expected = nodes.read(ino, 0, 5 * PAGE)
+    wrong: list[bytes] = []
+    n_rounds = [0, 0, 0]
+    is_over = threading.Event()
+
+    def read(index: int) -> None:
+        while not is_over.is_set():
+            found = nodes.read(ino, 0, 5 * PAGE)
+            if found != expected:
+                wrong.append(found)
+            if index:
+                nodes.drop_indexes()
+            n_rounds[index] += 1
+
+    def write_on() -> None:
+        while not is_over.is_set():
+            n_rounds[2] += 1
+            nodes.write(ino, 6 * PAGE, n_rounds[2].to_bytes(8, "little") * (PAGE // 8))
+
+    def fold_later(newest: int, n_layers: int) -> None:
+        # While all of them are at it.
+        goal = [n + 20 for n in n_rounds]
+        wait_until(lambda: all(n >= each for n, each in zip(n_rounds, goal, strict=True)))
+        assert place.fold_in_use(newest, n_layers, counts_descriptors=False)
+
+    threads = [
+        threading.Thread(target=read, args=(0,)),
+        threading.Thread(target=read, args=(1,)),
+        threading.Thread(target=write_on),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        fold_later(1, 2)
+        fold_later(0, 2)
+        fold_later(0, 2)
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert place.n_layers == 1
+    assert nodes.read(ino, 0, 5 * PAGE) == expected
+    assert nodes.read(ino, 6 * PAGE, 8) == n_rounds[2].to_bytes(8, "little")
+    before = show(place)
+    place.driver.close(handle)
+    place.reopen()
+    assert show(place) == before
 
 
 def test_a_layer_in_use_is_not_deleted(place: TreePlace) -> None:
