@@ -94,7 +94,8 @@ class LayerStack:
 class Stack(LayerStack):
     """The stack of a mount: its last layer is the live one of ``diff``.
 
-    Only a seal changes the layers: it puts a new live layer at the end.
+    A seal puts a new live layer at the end; a restack replaces the list, with one layer in the place
+    of some.
     """
 
     def __init__(self, base: Base, diff: Diff, sealed: Sequence[Layer]) -> None:
