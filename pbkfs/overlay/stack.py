@@ -94,8 +94,7 @@ class LayerStack:
 class Stack(LayerStack):
     """The stack of a mount: its last layer is the live one of ``diff``.
 
-    A seal puts a new live layer at the end; a restack replaces the list, with one layer in the place
-    of some.
+    A seal puts a new live layer at the end, a restack one layer in the place of several.
     """
 
     def __init__(self, base: Base, diff: Diff, sealed: Sequence[Layer]) -> None:
