@@ -107,9 +107,14 @@ def _put(diff: Path, layers: Sequence[LayerRef], folded: Folded, *, is_locked: b
             )
     except BaseException:
         with contextlib.suppress(DiffError, OSError):
-            if folded.layer not in read_layers(diff):
-                shutil.rmtree(folded.layer.path)
+            if not _is_named(diff, folded):
+                # Unless a worker is still about to name it: it has it open then.
+                delete_layer(Path(folded.layer.path))
         raise
+
+
+def _is_named(diff: Path, folded: Folded) -> bool:
+    return folded.layer.uuid in {ref.uuid for ref in read_layers(diff)}
 
 
 @contextlib.contextmanager
@@ -161,7 +166,8 @@ def put_fold(diff: Path, run: Sequence[LayerRef], folded: Folded) -> bool:
             return bool(reply["is_done"])
         except NotRunningError:
             with _locked(diff), _host_errors(diff):
-                return replace_run(diff, run, folded.layer)
+                # A worker that died on the way may have done it.
+                return replace_run(diff, run, folded.layer) or _is_named(diff, folded)
     finally:
         origins.unlink(missing_ok=True)
 
