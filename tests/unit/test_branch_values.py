@@ -75,7 +75,7 @@ def test_settings_of_an_empty_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.data_dir == Path("/var/lib/pbkfs")
     assert found.metadata_path == Path("/var/lib/pbkfs/metadata.db")
     assert (found.port_range_start, found.port_range_end) == (5500, 5599)
-    assert (found.max_branches, found.max_depth) == (50, 10)
+    assert (found.max_branches, found.max_depth, found.max_layers) == (50, 10, 32)
     assert (found.trunk_port, found.trunk_auto_start, found.wal_level) == (5432, True, "replica")
     assert (found.api_port, found.reaper_interval_s) == (8080, 30.0)
 
@@ -101,7 +101,7 @@ def test_settings_take_both_prefixes_and_the_older_names() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("API_PORT", "http"), ("API_PORT", "70000"), ("MAX_DEPTH", "0"), ("MAX_BRANCHES", "-1"),
+        ("API_PORT", "http"), ("API_PORT", "70000"), ("MAX_DEPTH", "0"), ("MAX_LAYERS", "0"), ("MAX_BRANCHES", "-1"),
         ("TRUNK_AUTO_START", "maybe"), ("DEFAULT_WAL_LEVEL", "high"), ("REAPER_INTERVAL", "30"),
         ("PORT_RANGE_START", "6000"), ("STORAGE_BACKEND", "floppy"), ("LOG_LEVEL", "loud"),
     ],
