@@ -101,9 +101,10 @@ def test_settings_take_both_prefixes_and_the_older_names() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("API_PORT", "http"), ("API_PORT", "70000"), ("MAX_DEPTH", "0"), ("MAX_LAYERS", "0"), ("MAX_BRANCHES", "-1"),
+        ("API_PORT", "http"), ("API_PORT", "70000"), ("MAX_DEPTH", "0"), ("MAX_BRANCHES", "-1"),
         ("TRUNK_AUTO_START", "maybe"), ("DEFAULT_WAL_LEVEL", "high"), ("REAPER_INTERVAL", "30"),
         ("PORT_RANGE_START", "6000"), ("STORAGE_BACKEND", "floppy"), ("LOG_LEVEL", "loud"),
+        ("MAX_LAYERS", "0"),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_possible(name: str, value: str) -> None:
