@@ -338,9 +338,10 @@ def test_server_is_let_go_in_time(
     at: Place, servers: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     process = servers()
-    standstill = Standstill(at.mnt, 0.2)
+    limit_s = 2.0  # the server has to be stopped within it, too, on a busy machine
+    standstill = Standstill(at.mnt, limit_s)
     began = time.monotonic()
     assert standstill.begin() is None
     wait_until(lambda: state(process) == "S")
-    assert time.monotonic() - began >= 0.2
+    assert time.monotonic() - began >= limit_s
     assert not standstill.end()
