@@ -142,13 +142,18 @@ def server_pids(below: Path) -> list[int]:
 
 
 def kill_servers(below: Path) -> None:
-    """End every server that works in or below a directory, and wait until all are gone."""
+    """End every server that works in or below a directory, and wait until all are gone.
+
+    By an immediate shutdown where it obeys: one that is killed leaves its shared memory.
+    """
+    patience = time.monotonic() + 15
 
     def kill() -> bool:
         pids = server_pids(below)
+        number = signal.SIGQUIT if time.monotonic() < patience else signal.SIGKILL
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
         return not pids
 
     wait_until(kill)

@@ -167,7 +167,8 @@ def test_write_back_and_read_ahead_are_set(serve: Serve) -> None:
     assert (bdi / "read_ahead_kb").read_text() == "1024\n"
     if (bdi / "max_bytes").exists():
         assert (bdi / "strict_limit").read_text() == "1\n"
-        assert 128 << 20 < int((bdi / "max_bytes").read_text()) <= 256 << 20
+        # The kernel keeps a share of its threshold, which moves with the memory that is free.
+        assert 64 << 20 < int((bdi / "max_bytes").read_text()) < 1 << 30
 
 
 # --- as an ordinary user, through fusermount3 -----------------------------------------------------
