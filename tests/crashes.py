@@ -309,7 +309,7 @@ class LabelledRuns:
             worker.kill()
         gone, _ = psutil.wait_procs([worker], timeout=30)
         assert gone
-        kill_servers(mount.pgdata)
+        kill_servers(mount.pgdata, patience_s=0)
         ledger.end()
 
     def _end(self, mount: Mount) -> None:

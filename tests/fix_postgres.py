@@ -141,12 +141,13 @@ def server_pids(below: Path) -> list[int]:
     return found
 
 
-def kill_servers(below: Path) -> None:
+def kill_servers(below: Path, *, patience_s: float = 15) -> None:
     """End every server that works in or below a directory, and wait until all are gone.
 
-    By an immediate shutdown where it obeys: one that is killed leaves its shared memory.
+    By an immediate shutdown where it obeys within ``patience_s``: one that is killed leaves its
+    shared memory, and its pid file.
     """
-    patience = time.monotonic() + 15
+    patience = time.monotonic() + patience_s
 
     def kill() -> bool:
         pids = server_pids(below)

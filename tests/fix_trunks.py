@@ -171,6 +171,11 @@ class Heads:
         shutil.rmtree(self.layout.root)
 
 
+def owner_setting(programs: Programs, prefix: str = "PBKFS") -> dict[str, str]:
+    """Who is to run the servers of trunks: not every host has a user postgres."""
+    return {f"{prefix}_OWNER": f"{programs.user.uid}:{programs.user.gid}"}
+
+
 @pytest.fixture
 def heads(place: Path, newest_programs: Programs) -> Iterator[Heads]:
     """An empty DATA directory, with ports of its own."""
@@ -183,6 +188,7 @@ def heads(place: Path, newest_programs: Programs) -> Iterator[Heads]:
             "PBKFS_PORT_RANGE_START": str(min(first, 65400)),
             "PBKFS_PORT_RANGE_END": str(min(first, 65400) + 100),
             "PBKFS_DEFAULT_TRUNK_PORT": str(free_port()),
+            **owner_setting(newest_programs),
         },
     )
     try:

@@ -26,7 +26,7 @@ import psutil
 import pytest
 from fix_mounts import run_pbkfs
 from fix_postgres import Programs, free_port, is_running, kill_servers, wait_until
-from fix_trunks import Heads
+from fix_trunks import Heads, owner_setting
 from machine import MAJORS, postgres_majors, session_directory
 
 TOKEN = "open sesame"
@@ -273,6 +273,7 @@ def make_daemon(root: Path, programs: Programs) -> Daemon:
         "PBKFS_DEFAULT_TRUNK_PORT": str(free_port()),
         "PBKFS_MAX_BRANCHES": "200",
         "PBKFS_PG_BIN_DIR": str(programs.bindir),
+        **owner_setting(programs),
     }
     return Daemon(Heads(root, programs, env), free_port(), root / "daemon.log")
 

@@ -30,6 +30,8 @@ class Settings:
     log_level: str = "info"
     storage_backend: str = "overlay"
     pg_bin_dir: Path | None = None
+    owner: tuple[int, int] | None = None
+    """(uid, gid) of who runs the servers of trunks that root makes, unless named with these."""
     pg_user: str = "postgres"
     pg_database: str = "postgres"
     listen_addresses: str = "127.0.0.1"
@@ -68,6 +70,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         log_level=reader.choice("LOG_LEVEL", "info", LOG_LEVELS),
         storage_backend=reader.choice("STORAGE_BACKEND", "overlay", ENGINES),
         pg_bin_dir=Path(os.path.abspath(bindir)) if bindir else None,
+        owner=reader.owner("OWNER"),
         pg_user=reader.text("DEFAULT_PG_USER") or "postgres",
         pg_database=reader.text("DEFAULT_PG_DB") or "postgres",
         listen_addresses=reader.text("LISTEN_ADDRESSES") or "127.0.0.1",
@@ -126,6 +129,18 @@ class _Reader:
         if word and word not in allowed:
             raise _bad(variable, text, f"Set one of {', '.join(allowed)}.")
         return word or default
+
+    def owner(self, name: str) -> tuple[int, int] | None:
+        variable, text = self._find((name,))
+        if not text:
+            return None
+        # Most commands have none, and need not import it.
+        from pbkfs.mount.request import parse_owner_option
+
+        try:
+            return parse_owner_option(text)
+        except UsageError as error:
+            raise UsageError(f"{variable}: {error.message}", hint=error.hint) from error
 
     def duration(self, name: str, default: float) -> float:
         variable, text = self._find((name,))

@@ -98,11 +98,13 @@ class Trunks:
 
         ``begun`` is told the new head once it has its place and, if it is to run, its port.
         ``port`` is kept for its life; None takes the default one or the next that is free.
-        ``owner`` (uid, gid) runs the server; only root may choose. Raises PbkfsError.
+        ``owner`` (uid, gid) runs the server; only root may choose; the default is the settings'.
+        Raises PbkfsError.
         """
         life = self._life
         check_name(name)
         starts = life.settings.trunk_auto_start if start is None else start
+        owner = owner or life.settings.owner
         head = Head(
             id=str(uuid.uuid4()),
             name=name,
@@ -185,7 +187,7 @@ class Trunks:
         if account.uid == 0:
             raise HostError(
                 "there is no user who could run the server: no postgres on this host",
-                hint="Name one with --owner USER.",
+                hint="Name one with --owner USER, or PBKFS_OWNER.",
             )
         say(f"making a cluster of PostgreSQL {binaries.version}")
         # A password, though nobody knows it: the cluster's own pg_hba.conf is to be a safe one.
@@ -441,7 +443,8 @@ def _default_account(owner: tuple[int, int] | None) -> Account:
         entry = pwd.getpwnam("postgres")
     except KeyError:
         raise HostError(
-            "there is no user postgres on this host", hint="Name another one with --owner USER."
+            "there is no user postgres on this host",
+            hint="Name another one with --owner USER, or PBKFS_OWNER.",
         ) from None
     return account_of(entry.pw_uid, entry.pw_gid)
 

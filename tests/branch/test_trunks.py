@@ -23,13 +23,13 @@ def test_default_trunk_is_made_when_it_is_needed(heads: Heads) -> None:
     assert "can't be destroyed" in heads.fail(8, "trunk", "destroy", "main", "--yes")
 
 
-def test_trunk_of_a_backup(heads: Heads, shared_catalog: CatalogStore) -> None:
+def test_trunk_of_a_backup(heads: Heads, catalog_store: CatalogStore) -> None:
     made = heads.json(
         "trunk",
         "create",
         "prod",
         "--from-backup",
-        shared_catalog("a_full_none_stream"),
+        catalog_store("a_full_none_stream"),
         "-i",
         "latest",
     )

@@ -83,7 +83,7 @@ def power_off(mount: Mount, worker: psutil.Process | None) -> None:
     if worker is not None:
         worker.kill()
         psutil.wait_procs([worker], timeout=30)
-    kill_servers(mount.pgdata)
+    kill_servers(mount.pgdata, patience_s=0)
     if mount.is_mounted:
         subprocess.run(["umount", "--lazy", mount.pgdata], check=True)
         mount.is_mounted = False

@@ -82,7 +82,7 @@ def test_directory_of_a_running_server_is_refused(
             open_directory(pgdata)
         pid_file = (pgdata / "postmaster.pid").read_bytes()
     finally:
-        kill_servers(place)
+        kill_servers(place, patience_s=0)
     # Its pid file is still there, as after a power cut.
     assert (pgdata / "postmaster.pid").read_bytes().splitlines()[0] == pid_file.splitlines()[0]
     base = open_directory(pgdata)

@@ -110,8 +110,8 @@ def newest(catalog: str) -> str:
 
 
 @pytest.mark.parametrize("catalog", [FULL, DELTAS])
-def test_a_good_backup_passes(drills: Drills, shared_catalog: CatalogStore, catalog: str) -> None:
-    store = shared_catalog(catalog)
+def test_a_good_backup_passes(drills: Drills, catalog_store: CatalogStore, catalog: str) -> None:
+    store = catalog_store(catalog)
     script = drills.root / "two things.sql"
     script.write_text("create table made (n int);\nselect count(*) = 0 from made;\n")
     junit = drills.root / "junit.xml"
@@ -147,15 +147,15 @@ def test_a_good_backup_passes(drills: Drills, shared_catalog: CatalogStore, cata
     assert [case.get("name") for case in suite.iter("testcase")] == list(results(report))
 
 
-def test_quiet_says_nothing_of_a_good_backup(drills: Drills, shared_catalog: CatalogStore) -> None:
-    store = shared_catalog(NO_CHECKSUMS)
+def test_quiet_says_nothing_of_a_good_backup(drills: Drills, catalog_store: CatalogStore) -> None:
+    store = catalog_store(NO_CHECKSUMS)
     report, done = drills.run("-B", store, "-i", newest(NO_CHECKSUMS), "-q")
     assert (done.stdout, done.stderr) == ("", "")
     assert results(report)["page checksums"] == "not enabled"
 
 
-def test_recovery_to_a_target(drills: Drills, shared_catalog: CatalogStore) -> None:
-    store = shared_catalog(ARCHIVE)
+def test_recovery_to_a_target(drills: Drills, catalog_store: CatalogStore) -> None:
+    store = catalog_store(ARCHIVE)
     name = manifests()[ARCHIVE]["pitr"]["restore_point"]
     report, _ = drills.run("-B", store, "--latest", "--recovery-target-name", name)
     assert report["recovery"]["target"] == f"name {name}"
@@ -187,7 +187,7 @@ def test_a_copy_of_a_data_directory(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, as root only can")
 def test_an_ordinary_user(
-    drills: Drills, shared_catalog: CatalogStore, monkeypatch: pytest.MonkeyPatch
+    drills: Drills, catalog_store: CatalogStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PBKFS_RUN_DIR")
     uid = 65534
@@ -195,7 +195,7 @@ def test_an_ordinary_user(
     report = drills.work_dir / "report.json"
     command = [
         "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups",
-        sys.executable, "-m", "pbkfs", "drill", "-B", shared_catalog(FULL), "--latest",
+        sys.executable, "-m", "pbkfs", "drill", "-B", catalog_store(FULL), "--latest",
         "--work-dir", drills.work_dir, "--report", report,
     ]  # fmt: skip
     words = shlex.join(map(str, command))
@@ -273,12 +273,12 @@ def test_a_stored_page_that_cannot_be_read_fails(
     assert "the mount's log" in done.stdout
 
 
-def test_sql_checks_that_fail(drills: Drills, shared_catalog: CatalogStore) -> None:
+def test_sql_checks_that_fail(drills: Drills, catalog_store: CatalogStore) -> None:
     junit = drills.root / "junit.xml"
     script = drills.root / "wrong.sql"
     script.write_text("select 1;\nselect 1 > 2;\n")
     report, _ = drills.run(
-        "-B", shared_catalog(FULL), "--latest", "--no-amcheck", "--no-checksums",
+        "-B", catalog_store(FULL), "--latest", "--no-amcheck", "--no-checksums",
         "--sql", "false: select 1 = 2",
         "--sql", "null: select null",
         "--sql", "none: select true where false",
@@ -303,26 +303,26 @@ def test_sql_checks_that_fail(drills: Drills, shared_catalog: CatalogStore) -> N
     assert (suite.get("failures"), suite.get("skipped")) == ("5", "2")
 
 
-def test_missing_programs_are_said(drills: Drills, shared_catalog: CatalogStore) -> None:
+def test_missing_programs_are_said(drills: Drills, catalog_store: CatalogStore) -> None:
     bindir = drills.root / "bin"
     bindir.mkdir(mode=0o755)
     for program in postgres_bindir(15).iterdir():
         if program.name not in ("pg_amcheck", "pg_checksums"):
             (bindir / program.name).symlink_to(program.resolve())
-    report, done = drills.run("-B", shared_catalog(FULL), "--latest", "--pg-bindir", bindir)
+    report, done = drills.run("-B", catalog_store(FULL), "--latest", "--pg-bindir", bindir)
     for name in ("pg_amcheck", "page checksums"):
         assert results(report)[name] == "not available"
         assert f"not available  {name}: no pg_" in done.stdout
 
 
-def test_a_missing_extension_is_said(drills: Drills, shared_catalog: CatalogStore) -> None:
+def test_a_missing_extension_is_said(drills: Drills, catalog_store: CatalogStore) -> None:
     # Links won't do: PostgreSQL looks for its files beside its real program.
     copy = drills.root / "pg"
     subprocess.run(["cp", "-a", postgres_bindir(15).parent, copy], check=True)
     (library,) = copy.rglob("amcheck.so")
     library.unlink()
     report, _ = drills.run(
-        "-B", shared_catalog(FULL), "--latest", "--pg-bindir", copy / "bin", "--no-checksums"
+        "-B", catalog_store(FULL), "--latest", "--pg-bindir", copy / "bin", "--no-checksums"
     )
     assert results(report)["pg_amcheck"] == "not available"
     assert "amcheck.so" in check_of(report, "pg_amcheck")["message"]
@@ -331,8 +331,8 @@ def test_a_missing_extension_is_said(drills: Drills, shared_catalog: CatalogStor
 # --- bad input and early ends -----------------------------------------------------------------
 
 
-def test_bad_input_has_its_class(drills: Drills, shared_catalog: CatalogStore) -> None:
-    store = shared_catalog(FULL)
+def test_bad_input_has_its_class(drills: Drills, catalog_store: CatalogStore) -> None:
+    store = catalog_store(FULL)
     for code, args in (
         (2, []),
         (2, ["-B", store, "--latest", "-i", newest(FULL)]),
@@ -354,19 +354,19 @@ def test_bad_input_has_its_class(drills: Drills, shared_catalog: CatalogStore) -
 
 
 def test_the_report_of_a_backup_that_is_not_there(
-    drills: Drills, shared_catalog: CatalogStore
+    drills: Drills, catalog_store: CatalogStore
 ) -> None:
     junit = drills.root / "junit.xml"
-    report, _ = drills.run("-B", shared_catalog(FULL), "-i", "NOSUCH", "--junit", junit, code=4)
+    report, _ = drills.run("-B", catalog_store(FULL), "-i", "NOSUCH", "--junit", junit, code=4)
     assert report["result"] == "error"
     assert report["problem"]["slug"] == "not_found"
     (error,) = ElementTree.parse(junit).getroot().iter("error")
     assert "NOSUCH" in (error.get("message") or "")
 
 
-def test_the_end_of_the_time(drills: Drills, shared_catalog: CatalogStore) -> None:
+def test_the_end_of_the_time(drills: Drills, catalog_store: CatalogStore) -> None:
     report, done = drills.run(
-        "-B", shared_catalog(FULL), "--latest", "--timeout", "4s",
+        "-B", catalog_store(FULL), "--latest", "--timeout", "4s",
         "--sql", "forever: select pg_sleep(600)", code=12,
     )  # fmt: skip
     assert report["result"] == "timed out"
@@ -416,10 +416,10 @@ def begun(
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["mount", "start", "sql"])
 def test_a_signal_ends_it_and_leaves_nothing(
-    drills: Drills, shared_catalog: CatalogStore, moment: str, signum: signal.Signals
+    drills: Drills, catalog_store: CatalogStore, moment: str, signum: signal.Signals
 ) -> None:
     path = drills.root / "report.json"
-    args = ["-B", shared_catalog(DELTAS), "--latest", "--report", path]
+    args = ["-B", catalog_store(DELTAS), "--latest", "--report", path]
     with begun(drills, *args, until=moment) as drill:
         drill.send_signal(signum)
         out, err = drill.communicate(timeout=60)
@@ -432,9 +432,9 @@ def test_a_signal_ends_it_and_leaves_nothing(
 
 
 def test_the_death_of_the_worker_leaves_nothing(
-    drills: Drills, shared_catalog: CatalogStore
+    drills: Drills, catalog_store: CatalogStore
 ) -> None:
-    args = ["-B", shared_catalog(FULL), "--latest"]
+    args = ["-B", catalog_store(FULL), "--latest"]
     with begun(drills, *args, until="sql") as drill:
         (root,) = drills.work_dir.iterdir()
         worker = read_owner(root / "diff")
@@ -451,10 +451,10 @@ def test_the_death_of_the_worker_leaves_nothing(
 
 
 def test_keep_leaves_it_for_inspection(
-    drills: Drills, shared_catalog: CatalogStore, newest_programs: Programs
+    drills: Drills, catalog_store: CatalogStore, newest_programs: Programs
 ) -> None:
     path = drills.root / "report.json"
-    args = drills.command("-B", shared_catalog(FULL), "--latest", "--keep", "--report", path)
+    args = drills.command("-B", catalog_store(FULL), "--latest", "--keep", "--report", path)
     out = run_pbkfs(*args).stdout
     kept = json.loads(path.read_text())["kept"]
     pgdata, diff = kept["mount point"], kept["diff"]

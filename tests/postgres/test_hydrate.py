@@ -32,12 +32,12 @@ def newest_of(catalog: str) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture
-def mount(mounts: Mounts, shared_catalog: CatalogStore) -> Mount:
+def mount(mounts: Mounts, catalog_store: CatalogStore) -> Mount:
     """A mount of the newest backup of a chain of three, not mounted yet."""
     if CATALOG not in manifests() or int(manifests()[CATALOG]["pg_major"]) not in postgres_majors():
         pytest.skip(f"catalog {CATALOG} or its PostgreSQL is not here")
     manifest, backup_id = newest_of(CATALOG)
-    store = shared_catalog(CATALOG)
+    store = catalog_store(CATALOG)
     return mounts.prepare("-B", store, "--instance", manifest["instance"], "-i", backup_id)
 
 

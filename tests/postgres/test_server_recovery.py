@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fix_mounts import run_pbkfs
-from fix_postgres import ArchivedSource, Cluster, is_running
+from fix_postgres import ArchivedSource, Cluster, is_running, wait_until
 from machine import MAJORS
 
 from pbkfs.postgres import wal_file
@@ -334,6 +334,8 @@ def test_a_timed_out_start_goes_on(newest_archived: ArchivedSource, newest_bare:
     match = re.search(r"pid (\d+)", message)
     assert match is not None
     pid = int(match[1])
+    # It is known for a server once it has its pid file.
+    wait_until(lambda: (newest_bare.pgdata / "postmaster.pid").exists())
     assert newest_bare.status()["pid"] == pid
     assert "pbkfs stop" in hint
     newest_bare.stop("-m", "immediate")

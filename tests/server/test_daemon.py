@@ -16,6 +16,7 @@ import psutil
 import pytest
 from fix_mounts import run_pbkfs
 from fix_postgres import wait_until
+from fix_trunks import owner_setting
 from fix_web import Daemon
 
 # With 200 of them it takes some minutes; no more than there are ports and branches allowed.
@@ -99,6 +100,7 @@ def test_pgbranchd_is_configured_by_its_environment(daemon: Daemon) -> None:
         "PGBRANCH_PG_BIN_DIR": str(daemon.heads.programs.bindir),
         "PGBRANCH_LOG_LEVEL": "warn",
         "PGBRANCH_STORAGE_BACKEND": "auto",
+        **owner_setting(daemon.heads.programs, "PGBRANCH"),
     }
     daemon.token = token
     with open(daemon.log, "ab") as log:

@@ -139,8 +139,8 @@ def test_life_of_a_trunk(served: Daemon, pgdata_template: Path) -> None:
     assert pgdata_template.is_dir()
 
 
-def test_trunk_of_a_backup_and_its_refresh(served: Daemon, shared_catalog: CatalogStore) -> None:
-    store = shared_catalog("a_full_none_stream")
+def test_trunk_of_a_backup_and_its_refresh(served: Daemon, catalog_store: CatalogStore) -> None:
+    store = catalog_store("a_full_none_stream")
     wish = {"name": "prod", "store": str(store), "backup_id": "latest", "port": free_port()}
     answer = served.post("trunks?wait=true", wish)
     assert answer.status == 201, answer.body

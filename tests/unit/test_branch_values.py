@@ -80,6 +80,12 @@ def test_settings_of_an_empty_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.api_port, found.reaper_interval_s) == (8080, 30.0)
 
 
+def test_settings_name_who_runs_the_servers_of_trunks() -> None:
+    assert read_settings({}).owner is None
+    assert read_settings({"PBKFS_OWNER": "123:456"}).owner == (123, 456)
+    assert read_settings({"PGBRANCH_OWNER": "root"}).owner == (0, 0)
+
+
 def test_settings_take_both_prefixes_and_the_older_names() -> None:
     found = read_settings(
         {
@@ -101,6 +107,7 @@ def test_settings_take_both_prefixes_and_the_older_names() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("OWNER", "no-such-user"),
         ("API_PORT", "http"), ("API_PORT", "70000"), ("MAX_DEPTH", "0"), ("MAX_BRANCHES", "-1"),
         ("TRUNK_AUTO_START", "maybe"), ("DEFAULT_WAL_LEVEL", "high"), ("REAPER_INTERVAL", "30"),
         ("PORT_RANGE_START", "6000"), ("STORAGE_BACKEND", "floppy"), ("LOG_LEVEL", "loud"),
