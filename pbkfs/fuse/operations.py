@@ -209,15 +209,15 @@ class Operations(pyfuse3.Operations):
 
     def _check_moved(self, old: int, old_name: bytes, new: int, new_name: bytes) -> None:
         """Refuse to make a link that leads out of the mount one of a tablespace, afterwards."""
+        if not tablespaces.is_tablespace_name(self._tree, new, new_name):
+            return
         try:
             attr = self._tree.lookup(old, old_name)
         except FileNotFoundError:
             return
         self._tree.forget(attr.ino, 1)
-        if stat.S_ISLNK(attr.mode):
-            target = self._tree.readlink(attr.ino)
-            if tablespaces.is_tablespace_link(self._tree, new, new_name, target):
-                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        if stat.S_ISLNK(attr.mode) and self._tree.readlink(attr.ino).startswith(b"/"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     # --- inodes -------------------------------------------------------------------------------
 

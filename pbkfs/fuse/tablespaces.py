@@ -42,7 +42,12 @@ class VersionDirectory(NamedTuple):
 
 def is_tablespace_link(tree: Tree, parent: int, name: bytes, target: bytes) -> bool:
     """Tell whether a link ``name`` to ``target`` would lead a tablespace out of the mount."""
-    return name.isdigit() and target.startswith(b"/") and tree.path_of(parent) == PG_TBLSPC
+    return target.startswith(b"/") and is_tablespace_name(tree, parent, name)
+
+
+def is_tablespace_name(tree: Tree, parent: int, name: bytes) -> bool:
+    """Tell whether a server takes ``name`` for that of a tablespace's link."""
+    return name.isdigit() and tree.path_of(parent) == PG_TBLSPC
 
 
 def find_directories(location: bytes, pid: int) -> list[VersionDirectory]:
