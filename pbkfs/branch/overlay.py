@@ -32,10 +32,11 @@ from pbkfs.mount.mounts import find_mountpoint
 from pbkfs.mount.opening import open_mount
 from pbkfs.mount.request import MountRequest
 from pbkfs.mount.target import state_of, target_of
-from pbkfs.overlay.folding import Folded, find_run, read_layers, replace_run
+from pbkfs.overlay.folding import Folded, find_data, find_run, read_layers, replace_run
 from pbkfs.overlay.layer import Layer, delete_layer
 from pbkfs.overlay.superblock import NAME as SUPERBLOCK
 from pbkfs.overlay.superblock import LayerRef, Superblock, new_superblock, read_superblock
+from pbkfs.overlay.wal_copy import copy_bytes
 
 _WAL = "pg_wal"
 # What makes a head's own directory a layer of others: a trunk's first one.
@@ -553,30 +554,11 @@ def _copy_file(source: Path, target: Path) -> None:
             fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
         except OSError:
             os.ftruncate(writer.fileno(), size)
-            for begin, end in _data_ranges(reader.fileno(), size):
-                at = begin
-                while at < end:
-                    done = os.copy_file_range(reader.fileno(), writer.fileno(), end - at, at, at)
-                    if done == 0:
-                        break  # cut off meanwhile
-                    at += done
+            for begin, end in find_data(reader.fileno(), 0, size):
+                copy_bytes(reader.fileno(), writer.fileno(), begin, end)
         shutil.copystat(source, target)
         _give(target, source)
         durable.fsync_fd(writer.fileno(), label="branch:wal")
-
-
-def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of what is not a hole."""
-    at = 0
-    while at < size:
-        try:
-            begin = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        at = os.lseek(fd, begin, os.SEEK_HOLE)
-        yield begin, at
 
 
 def _give(target: Path, source: Path) -> None:
