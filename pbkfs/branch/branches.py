@@ -335,15 +335,7 @@ class Branches:
             life.engine.reset(head.id, head.point_id)
         with life.store.transaction() as tx:
             tx.remove_point(head.id)
-            tx.update(
-                head.id,
-                status="stopped",
-                operation="",
-                error="",
-                server_pid=0,
-                server_ticks=0,
-                started_at=None,
-            )
+            tx.set_stopped(head.id, started_at=None)
             tx.record(head, "reset")
         life.collect()
 

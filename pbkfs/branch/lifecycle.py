@@ -212,16 +212,7 @@ class Lifecycle:
         self.take_down(head)
         with self.store.transaction() as tx:
             tx.release_port(head.id)
-            tx.update(
-                head.id,
-                status="stopped",
-                operation="",
-                error="",
-                is_wanted=0,
-                is_asleep=0,
-                server_pid=0,
-                server_ticks=0,
-            )
+            tx.set_stopped(head.id, is_wanted=0, is_asleep=0)
             if head.status != "stopped" or head.is_asleep:
                 tx.record(head, "stopped")
         if head.is_asleep:
@@ -236,15 +227,7 @@ class Lifecycle:
         self.store.update(head.id, operation="stop", is_asleep=1)
         self.take_down(head)
         with self.store.transaction() as tx:
-            tx.update(
-                head.id,
-                status="stopped",
-                operation="",
-                error="",
-                is_wanted=0,
-                server_pid=0,
-                server_ticks=0,
-            )
+            tx.set_stopped(head.id, is_wanted=0)
             tx.record(head, "fell asleep", f"no client for {head.idle_stop_s:g} s")
 
     def _wait_for_front(self, head: Head) -> None:

@@ -273,6 +273,18 @@ class Transaction:
             f"UPDATE heads SET {assignments} WHERE id = ?", (*values.values(), head_id)
         )
 
+    def set_stopped(self, head_id: str, **values: Any) -> None:
+        """Note that a head has no server and nothing under way; and what else changes with it."""
+        self.update(
+            head_id,
+            status="stopped",
+            operation="",
+            error="",
+            server_pid=0,
+            server_ticks=0,
+            **values,
+        )
+
     def delete(self, head_id: str) -> None:
         """Remove a head, its port, tags and point."""
         self._db.execute("DELETE FROM heads WHERE id = ?", (head_id,))
