@@ -34,13 +34,14 @@ class Service:
         self.settings = settings
         self.layout = Layout(settings.data_dir)
         self.layout.prepare()
+        engine = _choose_engine(settings, self.layout)
         self.store = Store(settings.metadata_path)
         self.life = Lifecycle(
             layout=self.layout,
             settings=settings,
             store=self.store,
             locks=Locks(self.layout.lock),
-            engine=_choose_engine(settings, self.layout),
+            engine=engine,
             serving=Serving(self.layout, settings),
             measures=measures,
         )

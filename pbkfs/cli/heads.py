@@ -152,7 +152,10 @@ def complete_name(kind: str | None) -> Callable[[click.Context, click.Parameter,
 
         try:
             path = read_settings().metadata_path
-            heads = Store(path).heads() if path.exists() else []
+            if not path.exists():
+                return []
+            with contextlib.closing(Store(path)) as store:
+                heads = store.heads()
         except Exception:
             return []  # a completion must never disturb the line that is typed
         return [h.name for h in heads if h.name.startswith(begun) and kind in (None, h.kind)]

@@ -47,6 +47,10 @@ def _insert(store: Store, *heads: Head) -> None:
             tx.insert(head)
 
 
+def _open_files() -> set[str]:
+    return {os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")}
+
+
 def test_heads_come_back_as_they_were(store: Store) -> None:
     trunk = _head("main", wal_level="replica", is_wanted=False)
     branch = _head("a", trunk, expires_at=now(), operation="create", status="creating")
@@ -126,15 +130,17 @@ def test_an_older_program_leaves_a_newer_store_alone(tmp_path: Path) -> None:
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(FormatError, match="version 99"):
+    with pytest.raises(FormatError, match="version 99") as refused:
         Store(path)
+    assert str(path) not in _open_files(), refused
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:
     path = tmp_path / "metadata.db"
     path.write_bytes(b"not a database, but long enough to be looked at" * 100)
-    with pytest.raises(FormatError, match=r"metadata\.db is damaged"):
+    with pytest.raises(FormatError, match=r"metadata\.db is damaged") as refused:
         Store(path)
+    assert str(path) not in _open_files(), refused
 
 
 def test_threads_and_connections_share_it(store: Store) -> None:
