@@ -58,18 +58,19 @@ struct pbk_object {
     struct pbk_store store; /* constant: its own, also when the nodes have gone on to the next */
     bool is_mapped;
     struct pbk_file file;
-    uint32_t limit;                /* node lock */
-    size_t n_words;                /* of the bitmaps: blocks below the limit at attach */
-    atomic_uint_fast64_t *present; /* the block is in the object; from 0 to 1 under the page stripe */
-    atomic_uint_fast64_t *changed; /* and was written; never before present, from 0 to 1 under the page stripe */
-    atomic_bool is_whole;          /* all are present and durable, and the journal says so; never falls */
-    uint64_t *durable;             /* sync_lock: a record says that the block is in the object */
-    uint64_t *recorded;            /* sync_lock: a record says that it was changed */
-    pthread_mutex_t sync_lock;     /* one at a time makes the object durable; after the node lock, before the journal */
-    bool is_fresh;                 /* sync_lock */
-    uint32_t recorded_limit;       /* sync_lock: the limit that a replay of the journal would find */
-    uint64_t settled_end;          /* sync_lock: journal position behind what a growth has to wait for */
-    atomic_bool is_unsettled;      /* what a truncate recorded is missing or not durable: no growth before it is */
+    uint32_t limit;                   /* node lock */
+    size_t n_words;                   /* of the bitmaps: blocks below the limit at attach */
+    atomic_uint_fast64_t *present;    /* the block is in the object; from 0 to 1 under the page stripe */
+    atomic_uint_fast64_t *changed;    /* and was written; never before present, from 0 to 1 under the page stripe */
+    atomic_bool is_whole;             /* all are present and durable, and the journal says so; never falls */
+    uint64_t *durable;                /* sync_lock: a record says that the block is in the object */
+    uint64_t *recorded;               /* sync_lock: a record says that it was changed */
+    atomic_uint_fast64_t n_held_back; /* bytes written since the last write-out was begun; about */
+    pthread_mutex_t sync_lock; /* one at a time makes the object durable; after the node lock, before the journal */
+    bool is_fresh;             /* sync_lock */
+    uint32_t recorded_limit;   /* sync_lock: the limit that a replay of the journal would find */
+    uint64_t settled_end;      /* sync_lock: journal position behind what a growth has to wait for */
+    atomic_bool is_unsettled;  /* what a truncate recorded is missing or not durable: no growth before it is */
 };
 
 struct pbk_node {

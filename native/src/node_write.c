@@ -18,6 +18,8 @@
 #include "pbk/io.h"
 #include "pbk/step.h"
 
+/* As PostgreSQL does by default (checkpoint_flush_after). */
+#define WRITE_OUT_BYTES ((uint64_t)256 << 10)
 #define CHUNK_BYTES ((uint64_t)PBK_CHUNK_BLOCKS * PBK_BLCKSZ)
 
 static const uint8_t zero_page[PBK_BLCKSZ];
@@ -269,6 +271,19 @@ static int end_change(struct pbk_node *node, int fd, uint64_t block, int err)
     return err;
 }
 
+/*
+ * What arrives here the kernel has already held back, or was asked to write (fsync, or sync_file_range of a checkpoint): begin
+ * to write it out. Else the file system below would allocate it all in the fsync of the object, and its journal would make
+ * each commit of the WAL wait for all of that: 150 to 280 ms in a checkpoint of pgbench, instead of 45 to 90.
+ */
+static void begin_write_out(struct pbk_object *object, int fd, size_t len)
+{
+    if (atomic_fetch_add(&object->n_held_back, len) + len < WRITE_OUT_BYTES)
+        return;
+    atomic_store(&object->n_held_back, 0);
+    (void)sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+}
+
 static int check_end(uint64_t off, uint64_t len, uint64_t *end)
 {
     return __builtin_add_overflow(off, len, end) || *end > INT64_MAX ? -EFBIG : 0;
@@ -294,6 +309,8 @@ ssize_t pbk_node_write(struct pbk_node *node, struct pbk_ctx *ctx, uint64_t off,
                                           : pbk_pwrite_full(fd, data, len, off);
         if (err == 0)
             raise_size(node, end);
+        if (err == 0)
+            begin_write_out(node->object, fd, len);
     }
     err = end_change(node, fd, off / PBK_BLCKSZ, err);
     if (err)
