@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +38,11 @@ class Sizes:
     scale: int  # of pgbench; 15 MB each
     table_mib: int  # the table that is scanned
     page_file_mib: int
+    large_scale: int  # of pgbench, in the cluster that is restored
 
     @classmethod
     def of(cls, *, is_quick: bool) -> Sizes:
-        return cls(10, 128, 128) if is_quick else cls(50, 1152, 1024)
+        return cls(10, 128, 128, 20) if is_quick else cls(50, 1152, 1024, 500)
 
 
 def _remember(path: Path, chains: dict[str, Chain]) -> None:
@@ -67,7 +69,14 @@ class Data:
 
     def cluster(self) -> Dataset:
         """A cluster with pgbench's tables and a large one, as FULL and as a chain of five."""
-        home = self.place / "cluster"
+        return self._cluster("cluster", self._make_cluster)
+
+    def large_cluster(self) -> Dataset:
+        """A cluster of pgbench's tables alone, as FULL."""
+        return self._cluster("large-cluster", self._make_large_cluster)
+
+    def _cluster(self, name: str, make: Callable[[Path, Path], dict[str, Chain]]) -> Dataset:
+        home = self.place / name
         source = home / "source"
         done = home / "chains.json"
         chains = _recall(done)
@@ -75,16 +84,30 @@ class Data:
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir()
             shutil.chown(home, SERVER_USER)
-            chains = self._make_cluster(home, source)
+            chains = make(home, source)
             _remember(done, chains)
         return Dataset(source, chains)
 
-    def _make_cluster(self, home: Path, source: Path) -> dict[str, Chain]:
-        say(f"making a cluster: pgbench scale {self.sizes.scale}, {self.sizes.table_mib} MiB table")
+    def _start_new(self, home: Path, source: Path) -> Server:
         initdb = self.bindir / "initdb"
         run(*as_server_user(initdb, "-k", "-A", "trust", "-U", SERVER_USER, "-D", source))
         server = Server(self.bindir, source, home, 5590, {"max_wal_size": "16GB", "fsync": "off"})
         server.start()
+        return server
+
+    def _make_large_cluster(self, home: Path, source: Path) -> dict[str, Chain]:
+        say(f"making a cluster: pgbench scale {self.sizes.large_scale}")
+        server = self._start_new(home, source)
+        try:
+            server.fill_pgbench(self.sizes.large_scale)
+            server.stop()
+        finally:
+            server.stop("immediate")
+        return _write_full(home, source)
+
+    def _make_cluster(self, home: Path, source: Path) -> dict[str, Chain]:
+        say(f"making a cluster: pgbench scale {self.sizes.scale}, {self.sizes.table_mib} MiB table")
+        server = self._start_new(home, source)
         try:
             server.fill_pgbench(self.sizes.scale)
             # Hexadecimal digests: 1.7:1 with zlib, about what real tables give.
@@ -115,12 +138,7 @@ class Data:
                 five_zlib.add(source, "DELTA", compress="zlib")
         finally:
             server.stop("immediate")
-        say("the same state as a FULL, raw and zlib")
-        raw = CatalogWriter(home / "store-raw")
-        packed = CatalogWriter(home / "store-zlib")
-        return {
-            "raw": Chain(raw.store, raw.add(source, compress="none")),
-            "zlib": Chain(packed.store, packed.add(source, compress="zlib")),
+        return _write_full(home, source) | {
             "chain5": Chain(five.store, five.last or ""),
             "chain5-zlib": Chain(five_zlib.store, five_zlib.last or ""),
         }
@@ -167,11 +185,7 @@ class Data:
                     os.pwrite(out.fileno(), _page(block + number, redo - 8), block * BLCKSZ)
             five.add(source, "DELTA", compress="none")
             five_zlib.add(source, "DELTA", compress="zlib")
-        raw = CatalogWriter(home / "store-raw")
-        packed = CatalogWriter(home / "store-zlib")
-        return {
-            "raw": Chain(raw.store, raw.add(source, compress="none")),
-            "zlib": Chain(packed.store, packed.add(source, compress="zlib")),
+        return _write_full(home, source) | {
             "chain5": Chain(five.store, five.last or ""),
             "chain5-zlib": Chain(five_zlib.store, five_zlib.last or ""),
         }
@@ -199,6 +213,17 @@ class Data:
             chains = {"large": Chain(store, CatalogWriter(store).add_large(n_gib))}
             _remember(done, chains)
         return chains["large"]
+
+
+def _write_full(home: Path, source: Path) -> dict[str, Chain]:
+    """The state of ``source`` as a FULL, raw and zlib."""
+    say("the state as a FULL, raw and zlib")
+    raw = CatalogWriter(home / "store-raw")
+    packed = CatalogWriter(home / "store-zlib")
+    return {
+        "raw": Chain(raw.store, raw.add(source, compress="none")),
+        "zlib": Chain(packed.store, packed.add(source, compress="zlib")),
+    }
 
 
 def _page(seed: int, lsn: int) -> bytes:

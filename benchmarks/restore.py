@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.compose import compose
-from benchmarks.dataset import Data
+from benchmarks.dataset import Data, Dataset
 from benchmarks.measure import NATIVE, Figure, drop_caches, run_rounds
 from benchmarks.server import SERVER_USER, Server
 from benchmarks.sides import Chain, PbkfsSide, Side, pbkfs_command, run
@@ -72,11 +73,17 @@ class Restore:
             side.close()
 
     def first_query(self) -> list[Figure]:
+        return self._compare("2 GB", self._data.cluster(), ("zlib", "chain5-zlib", "raw"))
+
+    def first_query_large(self) -> list[Figure]:
+        return self._compare("8 GB", self._data.large_cluster(), ("zlib", "raw"))
+
+    def _compare(self, size: str, dataset: Dataset, names: Sequence[str]) -> list[Figure]:
         figures = []
-        for name in ("zlib", "chain5-zlib", "raw"):
-            chain = self._data.cluster().chains[name]
+        for name in names:
+            chain = dataset.chains[name]
             figure = Figure(
-                f"first query: mount against composing the chain, {name}", "s", True, wanted="20"
+                f"first query: mount against composing {size}, {name}", "s", True, wanted="20"
             )
 
             def measure(
@@ -89,4 +96,4 @@ class Restore:
             figures.append(figure)
         return figures
 
-    FIGURES = ("first_query",)
+    FIGURES = ("first_query", "first_query_large")
