@@ -130,11 +130,12 @@ def _make_tree(args: argparse.Namespace) -> Any:
     from conformance.plain_base import PlainBase
 
     from pbkfs.backup.empty import EmptyBase
-    from pbkfs.overlay import contents, tree
+    from pbkfs.overlay import contents, hydration, tree
     from pbkfs.overlay.diff import Diff
 
     if args.max_whole is not None:
         contents.MAX_WHOLE_BYTES = args.max_whole
+        hydration.MAX_SMALL_BYTES = args.max_whole
     owner = (os.geteuid(), os.getegid())
     base = EmptyBase(owner) if args.lower is None else PlainBase(args.lower)
     return tree.Tree(base, Diff.open(args.diff, base), owner=owner, log_fd=2)
@@ -189,6 +190,19 @@ async def _serve(args: argparse.Namespace, tree: Any) -> None:
             if answer:
                 _say(**answer)
 
+    async def hydrate(max_bytes: int) -> dict[str, Any]:
+        """Do one step of a hydration, which begins anew after its end."""
+        hydration = tree.hydration
+        step = hydration.next_step(max_bytes)
+        if step is None:
+            for _ in hydration.survey():
+                pass
+            step = hydration.next_step(max_bytes)
+        if step is not None:
+            await trio.to_thread.run_sync(step.run)
+            hydration.finish(step)
+        return {"bytes_done": hydration.n_bytes_done, "failed": len(hydration.failed)}
+
     async def answer(fields: dict[str, Any]) -> dict[str, Any]:
         match fields.pop("op"):
             case "counters":
@@ -209,6 +223,8 @@ async def _serve(args: argparse.Namespace, tree: Any) -> None:
                 return {}
             case "resources":
                 return _resources()
+            case "hydrate":
+                return await hydrate(fields["max_bytes"])
             case op:
                 raise AssertionError(op)
 
