@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +11,24 @@ import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+class _Place(click.Path):
+    """A path; never the empty one, which would be the working directory."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 # Whether a path can be read is told by what reads it, with its own words and exit code.
-PATH = click.Path(path_type=Path, readable=False)
+PATH = _Place(path_type=Path, readable=False)
+FILE = _Place(path_type=Path, readable=False, dir_okay=False)
 
 
 def mountpoint_option(function: Function) -> Function:

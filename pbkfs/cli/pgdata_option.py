@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from pbkfs.cli.options import PATH
 from pbkfs.errors import PbkfsError
 from pbkfs.mount.binding import read_binding
 from pbkfs.mount.mounts import our_mounts, resolve
@@ -27,7 +28,7 @@ def pgdata_option(function: Function) -> Function:
         envvar="PBKFS_PGDATA",
         metavar="DIR",
         # What is there and may be read is open_cluster's to say, and better.
-        type=click.Path(path_type=Path, readable=False),
+        type=PATH,
         help="The mount point, or any other PGDATA.",
     )(function)
 

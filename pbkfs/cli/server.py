@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from pbkfs.cli.options import PATH
+
 
 @click.command("server")
 @click.option(
@@ -25,7 +27,7 @@ import click
 @click.option(
     "--socket",
     "path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="PATH",
     help="Unix socket, for this user only.  [default: DATA/pbkfs.sock]",
 )

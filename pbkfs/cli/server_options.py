@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from pbkfs.cli.options import PATH
 from pbkfs.errors import UsageError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,7 +32,7 @@ def settings_options(function: Function) -> Function:
         click.option("--shared-buffers", metavar="SIZE", help="Size of shared_buffers."),
         click.option(
             "--pg-bindir",
-            type=click.Path(path_type=Path),
+            type=PATH,
             help="Where the server's programs are.  [default: found by PGDATA's version]",
         ),
     ):
@@ -94,7 +94,7 @@ def recovery_options(*actions: str) -> Callable[[Callable[..., Any]], Callable[.
         ),
         click.option(
             "--wal-archive",
-            type=click.Path(path_type=Path),
+            type=PATH,
             help="Directory of archived WAL.  [default: the archive of the mount's store]",
         ),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from pbkfs.cli.options import FILE, PATH
 from pbkfs.cli.output import echo_json, format_option
 from pbkfs.cli.pgdata_option import archive_of, cluster_at, pgdata_option, user_option
 from pbkfs.cli.server_options import recovery_options, settings_options
@@ -35,7 +36,7 @@ _PROGRESS_S = 5.0
 )
 @click.option(
     "--socket-dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Directory of the Unix socket.  [default: a short one of the server's user, 0700]",
 )
 @settings_options
@@ -50,7 +51,7 @@ _PROGRESS_S = 5.0
     "--log",
     "--log-file",
     "log",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="The server's log.  [default: in the diff, or beside PGDATA]",
 )
 @recovery_options()

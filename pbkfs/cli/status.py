@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pbkfs.cli.options import PATH
 from pbkfs.cli.output import echo_json, format_fields
 from pbkfs.cli.pgdata_option import cluster_at, user_option
 from pbkfs.cli.remote import remote_options
@@ -22,7 +23,7 @@ from pbkfs.postgres.running import Status, read_status
     "pgdata",
     envvar="PBKFS_PGDATA",
     metavar="DIR",
-    type=click.Path(path_type=Path, readable=False),
+    type=PATH,
     help="The mount point, or any other PGDATA; without it, trunks and branches.",
 )
 @user_option

@@ -8,6 +8,7 @@ import click
 
 from pbkfs.cli import heads
 from pbkfs.cli.heads import AliasGroup, complete_name, output_option, yes_option
+from pbkfs.cli.options import PATH
 from pbkfs.cli.remote import remote_options
 from pbkfs.errors import UsageError
 
@@ -17,7 +18,6 @@ class _Group(AliasGroup):
 
 
 name_argument = click.argument("name", shell_complete=complete_name("trunk"))
-_DIRECTORY = click.Path(path_type=Path, readable=False)
 
 
 @click.group("trunk", cls=_Group)
@@ -37,7 +37,7 @@ def command() -> None:
 @click.option(
     "--from-backup",
     "store",
-    type=_DIRECTORY,
+    type=PATH,
     metavar="STORE",
     help="A backup in a store of pg_probackup; it is mounted, not restored.",
 )
@@ -46,7 +46,7 @@ def command() -> None:
 @click.option(
     "--from-dir",
     "directory",
-    type=_DIRECTORY,
+    type=PATH,
     metavar="DIR",
     help="A copy of a data directory: pg_basebackup, a snapshot. It is never changed.",
 )
@@ -243,7 +243,7 @@ def destroy(name: str, recursive: bool, yes: bool) -> None:
 @command.command("refresh")
 @name_argument
 @click.option("-i", "--backup-id", metavar="ID", help="The newer backup.  [default: latest]")
-@click.option("--from-dir", "directory", type=_DIRECTORY, metavar="DIR", help="A newer copy.")
+@click.option("--from-dir", "directory", type=PATH, metavar="DIR", help="A newer copy.")
 @yes_option
 @output_option
 def refresh(

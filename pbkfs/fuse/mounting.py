@@ -24,6 +24,7 @@ HELPER = "fusermount3"
 # Source: linux/mount.h, sys/mount.h.
 _MS_NOSUID = 2
 _MS_NODEV = 4
+_MNT_FORCE = 1
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
@@ -65,6 +66,16 @@ def detach(mountpoint: Path) -> None:
 
 
 # --- mount ----------------------------------------------------------------------------------------
+
+
+def abort(mountpoint: Path) -> None:
+    """End the connection: all who wait for an answer get an error, and nothing is written back.
+
+    For a worker that waits for itself; without root nothing happens. What is mounted stays.
+    """
+    if os.geteuid() == 0:
+        # Busy it is, as long as the worker lives; the connection has ended all the same.
+        _call("umount2", os.fsencode(mountpoint), ctypes.c_int(_UMOUNT_NOFOLLOW | _MNT_FORCE))
 
 
 def _mount_as_root(mountpoint: Path, fsname: str, subtype: str, allow_other: bool) -> int:

@@ -23,6 +23,7 @@ from pbkfs.errors import (
 )
 from pbkfs.mount import control, lock, mounts, wipe
 from pbkfs.mount.binding import read_binding
+from pbkfs.mount.mounts import MountEntry
 from pbkfs.mount.owner import Owner, send_signal, wait_gone
 from pbkfs.mount.request import SUPERBLOCK, reason
 from pbkfs.mount.target import Target, find_target, state_of
@@ -105,6 +106,9 @@ def _force_worker(target: Target, owner: Owner, kill_after_s: float) -> None:
     if wait_gone(owner, kill_after_s):
         return
     _signal(owner, signal.SIGKILL)
+    if wait_gone(owner, kill_after_s):
+        return
+    _abort(target)
     if not wait_gone(owner, kill_after_s):
         raise TimedOutError(
             f"worker {owner.pid} does not die, not even of SIGKILL",
@@ -122,17 +126,25 @@ def _signal(owner: Owner, signum: int) -> None:
         ) from None
 
 
+def _abort(target: Target) -> None:
+    """Free a worker that waits in the kernel for its own answer."""
+    from pbkfs.fuse.mounting import abort
+
+    if target.entry is not None and _is_there(target.entry):
+        abort(target.entry.mountpoint)
+
+
 def _detach(target: Target) -> None:
     """Take away a mount that nobody serves."""
-    entry = target.entry
-    if entry is None:
-        return
-    there = mounts.find_mountpoint(entry.mountpoint)
-    if there is None or there.device != entry.device:
-        return
     from pbkfs.fuse.mounting import detach
 
-    detach(entry.mountpoint)
+    if target.entry is not None and _is_there(target.entry):
+        detach(target.entry.mountpoint)
+
+
+def _is_there(entry: MountEntry) -> bool:
+    there = mounts.find_mountpoint(entry.mountpoint)
+    return there is not None and there.device == entry.device
 
 
 def cleanup(diff: Path, *, force: bool = False) -> list[str]:

@@ -29,6 +29,7 @@ from pbkfs.mount.request import (
     check_base_options,
     check_diff,
     check_mountpoint,
+    check_own_files,
     check_places,
     choose_allow_other,
     choose_owner,
@@ -107,6 +108,7 @@ def open_mount(request: MountRequest) -> OpenMount:
         check_not_detached(diff_path)
     address = choose_address(request, diff_path, bound, is_reused=is_reused)
     check_places(place.path, diff_path, address)
+    check_own_files(request, place.path, address)
     check_host()
     warnings: list[tuple[str, str | None]] = []
     if bound is not None and bound.mountpoint != str(place.path):
@@ -190,7 +192,7 @@ def host_errors(diff: Path) -> Iterator[None]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "Free some space on the diff's file system, then try again."
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
             hint = "A diff needs a directory that this user can write to."
         else:
             hint = "See the kernel's log (dmesg) about the disks under the diff and the base."

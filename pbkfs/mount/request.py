@@ -95,6 +95,12 @@ def check_mountpoint(path: Path, diff: Path) -> MountPlace:
     UsageError, BusyError, HostError.
     """
     path = mounts.resolve(path)
+    if "\n" in str(path):
+        # postmaster.pid has a line for each value, and one of them is this path.
+        raise UsageError(
+            f"mount point {str(path)!r} has a line break in its name",
+            hint="PostgreSQL can't say where it runs then; name another directory.",
+        )
     entry = mounts.find_mountpoint(path)
     if entry is not None and entry.fstype == mounts.FSTYPE:
         if state_of(target_of(Path(entry.source), entry)) != "dead":
@@ -228,32 +234,72 @@ def check_places(mountpoint: Path, diff: Path, base: BaseAddress) -> None:
                 )
 
 
+def check_own_files(request: MountRequest, mountpoint: Path, base: BaseAddress) -> None:
+    """Raise UsageError for a log or pid file of the worker inside of the mount or of the base.
+
+    ``mountpoint`` and the base's path are resolved. Inside of its mount the worker would wait for
+    its own answer, for ever.
+    """
+    base_path = base.store or base.path
+    for name, path in (("log file", request.log.path), ("pid file", request.pid_file)):
+        if path is None:
+            continue
+        path = mounts.resolve(path)
+        if mountpoint in path.parents:
+            around = f"mount point {mountpoint}"
+        elif base_path is not None and Path(base_path) in path.parents:
+            around = f"{'store' if base.kind == 'probackup' else 'base'} {base_path}"
+        else:
+            continue
+        raise UsageError(
+            f"{name} {path} lies inside of {around}", hint="Name a file in another directory."
+        )
+
+
 def parse_owner_option(text: str) -> tuple[int, int]:
     """Return (uid, gid) for ``USER``, ``USER:GROUP``, ``UID`` or ``UID:GID``."""
     import grp
 
     user, _, group = text.partition(":")
     try:
-        if user.isdigit():
-            uid = int(user)
-            gid = pwd.getpwuid(uid).pw_gid if not group else -1
-        else:
+        number = _parse_id(user)
+        if number is None:
             entry = pwd.getpwnam(user)
             uid, gid = entry.pw_uid, entry.pw_gid
+        else:
+            uid, gid = number, _primary_group(number)
     except KeyError:
-        if not user.isdigit():
-            raise UsageError(
-                f"user {user!r} does not exist", hint="Name a user of this host, or a number."
-            ) from None
-        uid, gid = int(user), int(user)
+        raise UsageError(
+            f"user {user!r} does not exist", hint="Name a user of this host, or a number."
+        ) from None
     if group:
         try:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+            number = _parse_id(group)
+            gid = grp.getgrnam(group).gr_gid if number is None else number
         except KeyError:
             raise UsageError(
                 f"group {group!r} does not exist", hint="Name a group of this host, or a number."
             ) from None
     return uid, gid
+
+
+def _parse_id(text: str) -> int | None:
+    """Return a uid or gid that is given as a number; None for what must be a name."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    # Source: chown(2): the last one means "leave it as it is".
+    if int(text) >= 2**32 - 1:
+        raise UsageError(
+            f"{text} is no number of a user or group", hint="They go from 0 to 4294967294."
+        )
+    return int(text)
+
+
+def _primary_group(uid: int) -> int:
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except KeyError:
+        return uid
 
 
 def choose_owner(

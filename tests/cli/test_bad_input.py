@@ -290,6 +290,37 @@ def test_no_fuse_device(at: Place) -> None:
     assert not at.diff.exists()
 
 
+def test_mount_point_with_a_line_break(at: Place) -> None:
+    at.mnt = at.root / "a\nb"
+    at.mnt.mkdir()
+    refused(at, cls=errors.UsageError, says=r"a\nb' has a line break in its name")
+
+
+@pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
+def test_own_file_inside_of_the_mount(at: Place, option: str) -> None:
+    (at.root / "link").symlink_to(at.mnt)
+    for path in (at.mnt / "own", at.root / "link" / "own"):
+        refused(at, option, path, cls=errors.UsageError, says=f"inside of mount point {at.mnt}")
+
+
+def test_own_file_inside_of_the_base(at: Place, base: Path) -> None:
+    says = f"log file {base / 'log'} lies inside of base {base}"
+    refused(at, "--base", base, "--log-file", base / "log", cls=errors.UsageError, says=says)
+
+
+def test_empty_path(at: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(at.diff.parent)
+    for arguments in (["mount", "--empty", "-D", at.mnt, "-d", ""], ["cleanup", "-d", ""]):
+        done = run_pbkfs(*arguments, check=False)
+        assert done.returncode == errors.UsageError.exit_code
+        assert "the path is empty" in done.stderr
+
+
+def test_diff_where_nothing_can_be_made(at: Place) -> None:
+    at.diff = Path("/proc/pbkfs/diff")
+    refused(at, cls=errors.HostError, says="no such file or directory")
+
+
 def test_log_file_cannot_be_written(at: Place) -> None:
     log = at.root / "absent" / "log"
     refused(at, "--log-file", log, cls=errors.HostError, says=f"cannot write log file {log}")

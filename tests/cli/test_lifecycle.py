@@ -18,7 +18,8 @@ import pytest
 from fix_mounts import run_pbkfs
 from fix_place import Place, mine, snapshot
 
-from pbkfs.mount import lock
+from pbkfs.errors import TimedOutError
+from pbkfs.mount import lock, sealing
 
 
 def test_mount_write_unmount_remount(at: Place) -> None:
@@ -204,6 +205,22 @@ def test_forced_unmount_of_a_stopped_worker(at: Place) -> None:
     assert not worker.is_alive()
     assert not os.path.ismount(at.mnt)
     at.mount("--reuse")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may end a connection")
+def test_forced_unmount_of_a_worker_that_waits_for_itself(at: Place) -> None:
+    logs = at.root / "logs"
+    logs.mkdir()
+    at.mount("--log-file", logs / "log")
+    worker = at.owner()
+    # The next line of the log goes through the mount itself: not even SIGKILL ends that.
+    logs.rename(at.root / "before")
+    logs.symlink_to(at.mnt)
+    with pytest.raises(TimedOutError):
+        sealing.seal(at.diff, new_live=at.root / "live", timeout_s=1)
+    run_pbkfs("unmount", "-D", at.mnt, "--force", "--timeout", "1")
+    assert not worker.is_alive()
+    assert not os.path.ismount(at.mnt)
 
 
 def test_force_never_kills_a_process_with_a_recycled_pid(at: Place) -> None:

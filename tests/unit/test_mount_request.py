@@ -90,8 +90,12 @@ def test_parse_owner_option() -> None:
     assert checks.parse_owner_option("0:17") == (0, 17)
     assert checks.parse_owner_option("root:root") == (0, 0)
     assert checks.parse_owner_option("4242424") == (4242424, 4242424)
-    with pytest.raises(UsageError, match="user 'nobody-here' does not exist"):
-        checks.parse_owner_option("nobody-here")
+    for name in ("nobody-here", "²"):
+        with pytest.raises(UsageError, match=f"user '{name}' does not exist"):
+            checks.parse_owner_option(name)
+    for text in ("4294967295", "0:4294967295", "99999999999"):
+        with pytest.raises(UsageError, match="is no number of a user or group"):
+            checks.parse_owner_option(text)
     with pytest.raises(UsageError, match="group 'nogroup-here' does not exist"):
         checks.parse_owner_option("root:nogroup-here")
 
