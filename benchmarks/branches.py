@@ -83,10 +83,14 @@ class Branches:
     # --- figures ------------------------------------------------------------------------
 
     def create(self) -> list[Figure]:
-        """Trunks of 0.1 GB and of 2 GB, by turns as far as their servers allow."""
+        """Trunks of three sizes, one after the other."""
         seconds = Figure("branch create to ready", "s", True, wanted="<= 1.0; sizes within 10 %")
         cost = Figure("disk of a fresh idle branch", "MiB", True, wanted="<= 1")
-        for size, base in (("0.1 GB", self._small()), ("2 GB", self._data.cluster().native)):
+        for size, base in (
+            ("0.1 GB", self._small()),
+            ("2 GB", self._data.cluster().native),
+            ("8 GB", self._data.large_cluster().native),
+        ):
             with self._trunk(base):
                 self._create("warm")
                 self._destroy("warm")
