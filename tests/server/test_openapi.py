@@ -77,6 +77,7 @@ def test_schemathesis_finds_nothing(served: Daemon, tmp_path: Path, options: lis
             Path(sys.executable).with_name("st"), "run", document,
             "--url", f"http://127.0.0.1:{served.port}", "-H", f"Authorization: Bearer {TOKEN}",
             "--phases", "examples,coverage,fuzzing", "--max-examples", "10", "--seed", "1",
+                "--request-timeout", "100",
             "--generation-database", "none", "--no-color", *options,
         ],
         cwd=tmp_path,
