@@ -65,9 +65,6 @@ def detach(mountpoint: Path) -> None:
     _unmount(mountpoint, is_lazy=True)
 
 
-# --- mount ----------------------------------------------------------------------------------------
-
-
 def abort(mountpoint: Path) -> None:
     """End the connection: all who wait for an answer get an error, and nothing is written back.
 
@@ -76,6 +73,9 @@ def abort(mountpoint: Path) -> None:
     if os.geteuid() == 0:
         # Busy it is, as long as the worker lives; the connection has ended all the same.
         _call("umount2", os.fsencode(mountpoint), ctypes.c_int(_UMOUNT_NOFOLLOW | _MNT_FORCE))
+
+
+# --- mount ----------------------------------------------------------------------------------------
 
 
 def _mount_as_root(mountpoint: Path, fsname: str, subtype: str, allow_other: bool) -> int:

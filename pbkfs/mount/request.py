@@ -214,10 +214,7 @@ def check_places(mountpoint: Path, diff: Path, base: BaseAddress) -> None:
     The paths are resolved. A diff inside of its base would change the base, and a mount point
     inside of its diff or base would hide a part of them from ourselves.
     """
-    places = [("mount point", mountpoint), ("diff", diff)]
-    base_path = base.store or base.path
-    if base_path is not None:
-        places.append(("store" if base.kind == "probackup" else "base", Path(base_path)))
+    places = [("mount point", mountpoint), ("diff", diff), *_places_of(base)]
     for i, (name, path) in enumerate(places):
         for other_name, other in places[i + 1 :]:
             if path == other:
@@ -240,20 +237,22 @@ def check_own_files(request: MountRequest, mountpoint: Path, base: BaseAddress) 
     ``mountpoint`` and the base's path are resolved. Inside of its mount the worker would wait for
     its own answer, for ever.
     """
-    base_path = base.store or base.path
     for name, path in (("log file", request.log.path), ("pid file", request.pid_file)):
         if path is None:
             continue
         path = mounts.resolve(path)
-        if mountpoint in path.parents:
-            around = f"mount point {mountpoint}"
-        elif base_path is not None and Path(base_path) in path.parents:
-            around = f"{'store' if base.kind == 'probackup' else 'base'} {base_path}"
-        else:
-            continue
-        raise UsageError(
-            f"{name} {path} lies inside of {around}", hint="Name a file in another directory."
-        )
+        for around, directory in (("mount point", mountpoint), *_places_of(base)):
+            if directory in path.parents:
+                raise UsageError(
+                    f"{name} {path} lies inside of {around} {directory}",
+                    hint="Name a file in another directory.",
+                )
+
+
+def _places_of(base: BaseAddress) -> list[tuple[str, Path]]:
+    """Return where the base lies, and what a user calls it; nothing for an empty base."""
+    path = base.store or base.path
+    return [("store" if base.kind == "probackup" else "base", Path(path))] if path else []
 
 
 def parse_owner_option(text: str) -> tuple[int, int]:
