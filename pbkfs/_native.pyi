@@ -225,7 +225,10 @@ class Dispatcher:
         n_fsync: int = 4,
         log_fd: int = -1,
         hold_s: int = 0,
-    ) -> Dispatcher: ...
+        init: bytes = b"",
+    ) -> Dispatcher:
+        """``init``: what the kernel said at INIT to a process that has died; its connection is
+        taken over, and what it had not answered is sent again."""
     @property
     def socket_fd(self) -> int:
         """What pyfuse3 talks to in the kernel's place."""
@@ -237,5 +240,12 @@ class Dispatcher:
         """Join all threads; may be called again."""
     def invalidate(self, ino: int, offset: int, length: int, /) -> None: ...
     def invalidate_entry(self, parent: int, name: bytes, /) -> None: ...
+    @property
+    def init_request(self) -> bytes:
+        """What the kernel said at INIT; empty before that."""
+    def caller(self, token: int, /) -> int:
+        """Process whose request has this token (Python sees it as process) and waits; or 0."""
+    def is_known(self, ino: int, /) -> bool:
+        """Whether the kernel has this inode. May wait for a reader. Raises OSError."""
     def counters(self) -> dict[str, int]: ...
     def reset_counters(self) -> None: ...

@@ -15,13 +15,18 @@ typedef struct {
 
 static int dispatcher_init(Dispatcher *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"nodes", "fuse_fd", "n_readers", "n_fsync", "log_fd", "hold_s", NULL};
+    static char *names[] = {"nodes", "fuse_fd", "n_readers", "n_fsync", "log_fd", "hold_s", "init", NULL};
     PyObject *nodes_object;
     int fuse_fd;
+    const char *init = NULL;
+    Py_ssize_t init_length = 0;
     struct pbk_dispatcher_options options = {.n_readers = 0, .n_fsync = 4, .log_fd = -1, .hold_s = 0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|$IIii:Dispatcher", names, &nodes_object, &fuse_fd,
-                                     &options.n_readers, &options.n_fsync, &options.log_fd, &options.hold_s))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|$IIiiy#:Dispatcher", names, &nodes_object, &fuse_fd,
+                                     &options.n_readers, &options.n_fsync, &options.log_fd, &options.hold_s, &init,
+                                     &init_length))
         return -1;
+    options.init = init;
+    options.init_length = (size_t)init_length;
     if (self->dispatcher) {
         PyErr_SetString(PyExc_RuntimeError, "the dispatcher is already made");
         return -1;
@@ -113,6 +118,40 @@ static PyObject *dispatcher_invalidate_entry(Dispatcher *self, PyObject *args)
     return none_or_raise(pbk_dispatcher_invalidate_entry(dispatcher, parent, name, (size_t)length));
 }
 
+static PyObject *dispatcher_caller(Dispatcher *self, PyObject *args)
+{
+    unsigned token;
+    struct pbk_dispatcher *dispatcher = get_dispatcher(self);
+    if (!dispatcher || !PyArg_ParseTuple(args, "I:caller", &token))
+        return NULL;
+    return PyLong_FromUnsignedLong(pbk_dispatcher_caller(dispatcher, token));
+}
+
+static PyObject *dispatcher_is_known(Dispatcher *self, PyObject *args)
+{
+    unsigned long long ino;
+    struct pbk_dispatcher *dispatcher = get_dispatcher(self);
+    if (!dispatcher || !PyArg_ParseTuple(args, "K:is_known", &ino))
+        return NULL;
+    int found;
+    Py_BEGIN_ALLOW_THREADS
+    found = pbk_dispatcher_is_known(dispatcher, ino);
+    Py_END_ALLOW_THREADS
+    if (found < 0)
+        return pbk_binding_raise(-found);
+    return PyBool_FromLong(found);
+}
+
+static PyObject *dispatcher_init_request(Dispatcher *self, void *Py_UNUSED(closure))
+{
+    char said[256];
+    struct pbk_dispatcher *dispatcher = get_dispatcher(self);
+    if (!dispatcher)
+        return NULL;
+    size_t length = pbk_dispatcher_init_request(dispatcher, said, sizeof said);
+    return PyBytes_FromStringAndSize(said, (Py_ssize_t)(length < sizeof said ? length : sizeof said));
+}
+
 struct visit {
     PyObject *dict;
     bool failed;
@@ -170,6 +209,10 @@ static PyMethodDef dispatcher_methods[] = {
      "invalidate(ino, offset, length): have the kernel drop cached pages and attributes; does not wait."},
     {"invalidate_entry", (PyCFunction)dispatcher_invalidate_entry, METH_VARARGS,
      "invalidate_entry(parent, name): have the kernel drop a cached name; does not wait."},
+    {"caller", (PyCFunction)dispatcher_caller, METH_VARARGS,
+     "caller(token): the process whose request has this token and is not answered yet, or 0."},
+    {"is_known", (PyCFunction)dispatcher_is_known, METH_VARARGS,
+     "is_known(ino): whether the kernel has this inode. May wait for readers; not for the trio thread."},
     {"counters", (PyCFunction)dispatcher_counters, METH_NOARGS, "Requests by kind, and the state of the queues."},
     {"reset_counters", (PyCFunction)dispatcher_reset_counters, METH_NOARGS, "Set the counters of events to zero."},
     {NULL, NULL, 0, NULL},
@@ -179,11 +222,12 @@ static PyGetSetDef dispatcher_attributes[] = {
     {"socket_fd", (getter)dispatcher_socket_fd, NULL, "pyfuse3's end of the socketpair; owned here, hand out a dup.",
      NULL},
     {"event_fd", (getter)dispatcher_event_fd, NULL, "Readable once the kernel has let go of the connection.", NULL},
+    {"init_request", (getter)dispatcher_init_request, NULL, "What the kernel said at INIT; empty before that.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot dispatcher_slots[] = {
-    {Py_tp_doc, "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1, hold_s=0)"},
+    {Py_tp_doc, "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1, hold_s=0, init=b\"\")"},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, dispatcher_init},
     {Py_tp_dealloc, dispatcher_dealloc},

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -95,6 +96,49 @@ void pbk_dispatcher_gone(struct pbk_dispatcher *d)
     (void)written;
 }
 
+void pbk_dispatcher_open(struct pbk_dispatcher *d)
+{
+    struct fuse_out_header resend = {.len = sizeof resend, .error = PBK_FUSE_NOTIFY_RESEND, .unique = 0};
+    ssize_t written;
+    do
+        written = write(d->fuse_fd, &resend, sizeof resend);
+    while (written < 0 && errno == EINTR);
+    if (written < 0) {
+        /* Whoever waits for an answer would wait for ever. */
+        pbk_dispatcher_log(d, "dispatcher: the kernel does not send again: %s", strerror(errno));
+        pbk_dispatcher_gone(d);
+    }
+    pthread_mutex_lock(&d->opening.lock);
+    d->opening.is_open = true;
+    pthread_cond_broadcast(&d->opening.opened);
+    pthread_mutex_unlock(&d->opening.lock);
+}
+
+size_t pbk_dispatcher_init_request(struct pbk_dispatcher *d, void *to, size_t room)
+{
+    pthread_mutex_lock(&d->opening.lock);
+    size_t length = d->opening.init_length;
+    memcpy(to, d->opening.init, length < room ? length : room);
+    pthread_mutex_unlock(&d->opening.lock);
+    return length;
+}
+
+int pbk_dispatcher_is_known(struct pbk_dispatcher *d, uint64_t ino)
+{
+    struct {
+        struct fuse_out_header header;
+        struct fuse_notify_inval_inode_out out;
+    } message = {
+        .header = {.len = sizeof message, .error = FUSE_NOTIFY_INVAL_INODE, .unique = 0},
+        .out = {.ino = ino, .off = -1, .len = 0},
+    };
+    ssize_t written;
+    do
+        written = write(d->fuse_fd, &message, sizeof message);
+    while (written < 0 && errno == EINTR);
+    return written >= 0 ? 1 : errno == ENOENT ? 0 : -errno;
+}
+
 static unsigned default_readers(void)
 {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
@@ -122,6 +166,8 @@ static int init_lists(struct pbk_dispatcher *d)
         return error;
     /* These cannot fail with default attributes. Source: glibc, nptl. */
     pthread_mutex_init(&d->life, NULL);
+    pthread_mutex_init(&d->opening.lock, NULL);
+    pthread_cond_init(&d->opening.opened, NULL);
     pthread_mutex_init(&d->outbox.lock, NULL);
     pthread_mutex_init(&d->notes.lock, NULL);
     pthread_cond_init(&d->notes.wake, NULL);
@@ -157,6 +203,12 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
     if (d->n_fsync > PBK_MAX_POOL - 1)
         d->n_fsync = PBK_MAX_POOL - 1;
     d->hold_s = options->hold_s;
+    d->is_taken_over = options->init_length > 0;
+    d->opening.is_open = !d->is_taken_over;
+    d->opening.init_length =
+        options->init_length < sizeof d->opening.init ? options->init_length : sizeof d->opening.init;
+    if (d->is_taken_over)
+        memcpy(d->opening.init, options->init, d->opening.init_length);
 
     int pair[2] = {-1, -1};
     d->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -178,19 +230,37 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
     return 0;
 }
 
+/*
+ * The kernel copies requests into this buffer. Were a page of it missing when the process is killed, the copy would fail, and
+ * with it the request of somebody who shall not notice. So all pages are there from the begin, and no fork write-protects them;
+ * that they are locked is not allowed to everybody, and without swap it makes no difference.
+ */
+static int map_buffer(struct pbk_worker *worker)
+{
+    void *buffer = mmap(NULL, PBK_FUSE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (buffer == MAP_FAILED)
+        return -errno;
+    worker->buffer = buffer;
+    madvise(buffer, PBK_FUSE_BUFFER, MADV_DONTFORK);
+    mlock(buffer, PBK_FUSE_BUFFER);
+    return 0;
+}
+
 static int worker_init(struct pbk_dispatcher *d, struct pbk_worker *worker, bool is_reader)
 {
     worker->dispatcher = d;
     worker->ctx = pbk_ctx_new(PBK_FUSE_MAX_IO);
-    worker->buffer = is_reader ? aligned_alloc(4096, PBK_FUSE_BUFFER) : NULL;
-    return worker->ctx && (worker->buffer || !is_reader) ? 0 : -ENOMEM;
+    if (!worker->ctx)
+        return -ENOMEM;
+    return is_reader ? map_buffer(worker) : 0;
 }
 
 static void worker_destroy(struct pbk_worker *worker)
 {
     if (worker->ctx)
         pbk_ctx_free(worker->ctx);
-    free(worker->buffer);
+    if (worker->buffer)
+        munmap(worker->buffer, PBK_FUSE_BUFFER);
     worker->ctx = NULL;
     worker->buffer = NULL;
 }
@@ -249,6 +319,8 @@ int pbk_dispatcher_start(struct pbk_dispatcher *d)
     }
     if (error)
         stop_all(d);
+    else if (d->is_taken_over)
+        pbk_forward_init(d);
     pthread_mutex_unlock(&d->life);
     return error;
 }
@@ -274,6 +346,9 @@ static void stop_notifier(struct pbk_dispatcher *d)
 static void stop_readers(struct pbk_dispatcher *d)
 {
     atomic_store(&d->is_stopping, true);
+    pthread_mutex_lock(&d->opening.lock);
+    pthread_cond_broadcast(&d->opening.opened);
+    pthread_mutex_unlock(&d->opening.lock);
     for (unsigned i = 0; i < d->n_readers_running; i++)
         pthread_cancel(d->readers[i].thread);
     for (unsigned i = 0; i < d->n_readers_running; i++)
@@ -369,6 +444,8 @@ void pbk_dispatcher_free(struct pbk_dispatcher *d)
     close_fd(d->peer_fd);
     pbk_pending_destroy(&d->pending);
     pthread_mutex_destroy(&d->life);
+    pthread_mutex_destroy(&d->opening.lock);
+    pthread_cond_destroy(&d->opening.opened);
     pthread_mutex_destroy(&d->outbox.lock);
     pthread_mutex_destroy(&d->notes.lock);
     pthread_cond_destroy(&d->notes.wake);

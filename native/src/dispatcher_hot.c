@@ -25,14 +25,14 @@ static struct pbk_job *take_job(struct pbk_worker *worker, const struct fuse_in_
     return job ? job : pbk_job_new(header, body, length);
 }
 
-/* Asks Python to copy up (a write of nothing) and parks the request until it has. */
+/* Sends Python a request of its own, with an argument of n_in bytes, and parks this one until there is an answer. */
 static void park(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
-                 size_t length)
+                 size_t length, uint32_t opcode, const void *in, size_t n_in)
 {
     struct pbk_dispatcher *d = worker->dispatcher;
     if (worker->job && worker->job->n_parked >= MAX_PARKED) {
-        pbk_dispatcher_log(d, "dispatcher: inode %llu has no object after its copy-up",
-                           (unsigned long long)header->nodeid);
+        pbk_dispatcher_log(d, "dispatcher: inode %llu is not ready after %s", (unsigned long long)header->nodeid,
+                           pbk_fuse_opcode_name(opcode));
         pbk_reply(d, header->unique, -EIO, NULL, 0);
         return;
     }
@@ -42,18 +42,30 @@ static void park(struct pbk_worker *worker, const struct fuse_in_header *header,
         return;
     }
     job->n_parked++;
-    struct {
-        struct fuse_in_header header;
-        struct fuse_write_in write;
-    } message;
-    memset(&message, 0, sizeof message);
-    message.header = job->header;
-    message.header.opcode = FUSE_WRITE;
-    message.header.len = sizeof message;
-    message.header.total_extlen = 0;
-    message.write.fh = job->header.nodeid;
-    pbk_count(&d->counters.parked, 1);
-    pbk_forward(d, &message, sizeof message, job);
+    struct fuse_in_header asked = job->header;
+    unsigned char message[sizeof asked + sizeof(struct fuse_write_in)];
+    asked.opcode = opcode;
+    asked.len = (uint32_t)(sizeof asked + n_in);
+    asked.total_extlen = 0;
+    memcpy(message, &asked, sizeof asked);
+    memcpy(message + sizeof asked, in, n_in);
+    pbk_forward(d, message, asked.len, job);
+}
+
+/* A write of nothing. */
+static void park_for_copy_up(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                             size_t length)
+{
+    struct fuse_write_in in = {.fh = header->nodeid};
+    pbk_count(&worker->dispatcher->counters.parked, 1);
+    park(worker, header, body, length, FUSE_WRITE, &in, sizeof in);
+}
+
+void pbk_park_for_open(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
+                       size_t length)
+{
+    struct fuse_open_in in = {0};
+    park(worker, header, body, length, FUSE_OPEN, &in, sizeof in);
 }
 
 /* Whether a page that the kernel has written back waits for space; else its request is to be answered with the error. */
@@ -82,7 +94,7 @@ static void read_file(struct pbk_worker *worker, const struct fuse_in_header *he
     struct pbk_dispatcher *d = worker->dispatcher;
     struct fuse_read_in in;
     struct pbk_node *node = NULL;
-    ssize_t got = -EIO;
+    ssize_t got = 0;
     int n_iov = 1;
 
     /* A longer read would be cut, which the kernel would take for the end of the file. */
@@ -90,7 +102,9 @@ static void read_file(struct pbk_worker *worker, const struct fuse_in_header *he
         got = -EINVAL;
     else if ((node = pbk_nodes_get(d->nodes, header->nodeid)))
         got = pbk_node_read(node, worker->ctx, in.offset, in.size, worker->iov, (int)PBK_N_IOV, &n_iov);
-    if (got < 0) {
+    if (!node && got == 0) {
+        pbk_park_for_open(worker, header, body, length);
+    } else if (got < 0) {
         pbk_reply(d, header->unique, (int)got, NULL, 0);
     } else {
         pbk_count(&d->counters.read_bytes, (uint64_t)got);
@@ -112,7 +126,7 @@ static void write_file(struct pbk_worker *worker, const struct fuse_in_header *h
     }
     struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
     if (!node) {
-        pbk_reply(d, header->unique, -EIO, NULL, 0);
+        pbk_park_for_open(worker, header, body, length);
         return;
     }
     /* Written-back pages that are answered short would be lost without an error, so go on until all is written. */
@@ -127,7 +141,7 @@ static void write_file(struct pbk_worker *worker, const struct fuse_in_header *h
     pbk_node_put(node);
     pbk_count(&d->counters.write_bytes, done);
     if (got == PBK_NO_OBJECT) {
-        park(worker, header, body, length);
+        park_for_copy_up(worker, header, body, length);
     } else if (done < in.size) {
         uint64_t unique = header->unique;
         int error = got == 0 ? -EIO : (int)got;
@@ -144,17 +158,20 @@ static void fallocate_file(struct pbk_worker *worker, const struct fuse_in_heade
 {
     struct pbk_dispatcher *d = worker->dispatcher;
     struct fuse_fallocate_in in;
-    struct pbk_node *node = NULL;
-    int error = -EIO;
     if (!PARSE(in, body, length) || in.mode > INT32_MAX || in.offset > INT64_MAX ||
-        in.length > (uint64_t)INT64_MAX - in.offset)
-        error = -EINVAL;
-    else if ((node = pbk_nodes_get(d->nodes, header->nodeid)))
-        error = pbk_node_fallocate(node, worker->ctx, (int)in.mode, in.offset, in.length);
-    if (node)
-        pbk_node_put(node);
+        in.length > (uint64_t)INT64_MAX - in.offset) {
+        pbk_reply(d, header->unique, -EINVAL, NULL, 0);
+        return;
+    }
+    struct pbk_node *node = pbk_nodes_get(d->nodes, header->nodeid);
+    if (!node) {
+        pbk_park_for_open(worker, header, body, length);
+        return;
+    }
+    int error = pbk_node_fallocate(node, worker->ctx, (int)in.mode, in.offset, in.length);
+    pbk_node_put(node);
     if (error == PBK_NO_OBJECT) {
-        park(worker, header, body, length);
+        park_for_copy_up(worker, header, body, length);
         return;
     }
     /* ENOSYS would switch fallocate off for the whole mount, and glibc would write a byte into each block instead. */
@@ -284,10 +301,11 @@ static void release_file(struct pbk_dispatcher *d, const struct fuse_in_header *
     pbk_reply(d, header->unique, 0, NULL, 0);
 }
 
-static void queue_fsync(struct pbk_dispatcher *d, const struct fuse_in_header *header, const unsigned char *body,
+static void queue_fsync(struct pbk_worker *worker, const struct fuse_in_header *header, const unsigned char *body,
                         size_t length)
 {
-    struct pbk_job *job = pbk_job_new(header, body, length);
+    struct pbk_dispatcher *d = worker->dispatcher;
+    struct pbk_job *job = take_job(worker, header, body, length);
     if (job)
         pbk_pool_push_fsync(d, job);
     else
@@ -306,7 +324,7 @@ bool pbk_answer_hot(struct pbk_worker *worker, const struct fuse_in_header *head
         write_file(worker, header, body, length);
         return true;
     case FUSE_FSYNC:
-        queue_fsync(d, header, body, length);
+        queue_fsync(worker, header, body, length);
         return true;
     case FUSE_FALLOCATE:
         fallocate_file(worker, header, body, length);

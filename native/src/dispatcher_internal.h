@@ -48,7 +48,17 @@ struct pbk_request {
     uint64_t unique;
     uint64_t nodeid;
     uint32_t opcode;
+    uint32_t pid;        /* of the caller */
     struct pbk_job *job; /* parked: the answer releases it; INIT: what the kernel offered; else NULL */
+};
+
+/* The begin of the conversation. Locked by lock. */
+struct pbk_opening {
+    pthread_mutex_t lock;
+    pthread_cond_t opened;
+    bool is_open; /* requests may be read; at once, unless the connection is taken over */
+    unsigned char init[sizeof(struct fuse_init_in)];
+    size_t init_length;
 };
 
 /* All outstanding requests by unique. Locked by lock; n may be read without it. Grows without a limit of its own: the
@@ -135,10 +145,12 @@ struct pbk_dispatcher {
     int wake_fd;  /* the pump: look at the outbox */
     unsigned n_readers, n_fsync;
     int hold_s;
+    bool is_taken_over; /* from a process that had it before */
 
     _Atomic bool is_stopping;
     _Atomic bool is_gone;
 
+    struct pbk_opening opening;
     struct pbk_pending pending;
     struct pbk_outbox outbox;
     struct pbk_notes notes;
@@ -160,6 +172,8 @@ static inline void pbk_count(_Atomic uint64_t *counter, uint64_t n)
 }
 
 /* dispatcher.c */
+/* The connection is taken over: has the kernel send again what nobody has answered, and lets the readers begin. */
+void pbk_dispatcher_open(struct pbk_dispatcher *);
 /* To be called first by a thread that moves data. */
 void pbk_worker_begin(void);
 void pbk_dispatcher_log(struct pbk_dispatcher *, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -173,20 +187,33 @@ void pbk_dispatcher_gone(struct pbk_dispatcher *);
 /* dispatcher_pending.c: 0, -ENOMEM or -ECONNABORTED (closed). The job passes into the table only on success. */
 int pbk_pending_init(struct pbk_pending *);
 void pbk_pending_destroy(struct pbk_pending *);
-int pbk_pending_add(struct pbk_pending *, const struct fuse_in_header *, struct pbk_job *);
+int pbk_pending_add(struct pbk_pending *, const struct fuse_in_header *, struct pbk_job *, uint32_t pid);
 struct pbk_request *pbk_pending_take(struct pbk_pending *, uint64_t unique); /* the caller frees it; NULL: unknown */
 struct pbk_request *pbk_pending_close(struct pbk_pending *); /* everything, as a list; nothing can be added any more */
 
+/* What Python calls a request: see pbk_dispatcher_caller. */
+static inline uint32_t pbk_token_of(uint64_t unique)
+{
+    /* The lowest bit is no part of the number. Source: FUSE_INT_REQ_BIT. */
+    return ((uint32_t)(unique >> 1) & 0x7FFFFFFFu) | (unique & PBK_FUSE_UNIQUE_RESEND ? 0x80000000u : 0);
+}
+
 /* dispatcher_reader.c */
 void *pbk_reader_main(void *worker);
-/* Pass a whole message on to pyfuse3; answers the kernel itself if that cannot be done. job: parked with it, or NULL. */
-void pbk_forward(struct pbk_dispatcher *, const void *message, size_t length, struct pbk_job *job);
+/* Pass a whole message on to pyfuse3, with a token in the place of the process pid; answers the kernel itself if that cannot be
+ * done. job: parked with it, or NULL. */
+void pbk_forward(struct pbk_dispatcher *, void *message, size_t length, struct pbk_job *job);
+/* Tells pyfuse3 what the kernel said at INIT to whoever had the connection before. */
+void pbk_forward_init(struct pbk_dispatcher *);
 /* Does not wait. 0, or -errno if the message is lost. */
 int pbk_send_to_python(struct pbk_dispatcher *, const void *message, size_t length);
 
 /* dispatcher_hot.c: true if the request was answered (or will be), false if pyfuse3 has to. In a pool thread header and body
  * are those of worker->job, which is NULL afterwards if the request has to wait again. */
 bool pbk_answer_hot(struct pbk_worker *, const struct fuse_in_header *, const unsigned char *body, size_t length);
+/* Has Python register the file of a request before that is tried again: after a takeover the kernel uses files that nobody has
+ * opened here. In a pool thread the request is worker->job, which is given away. */
+void pbk_park_for_open(struct pbk_worker *, const struct fuse_in_header *, const unsigned char *body, size_t length);
 
 /* dispatcher_pool.c */
 struct pbk_job *pbk_job_new(const struct fuse_in_header *, const unsigned char *body, size_t length);

@@ -58,7 +58,8 @@ static void grow(struct pbk_pending *pending)
     pending->n_buckets = n_buckets;
 }
 
-int pbk_pending_add(struct pbk_pending *pending, const struct fuse_in_header *header, struct pbk_job *job)
+int pbk_pending_add(struct pbk_pending *pending, const struct fuse_in_header *header, struct pbk_job *job,
+                    uint32_t pid)
 {
     struct pbk_request *request = malloc(sizeof *request);
     if (!request)
@@ -66,6 +67,7 @@ int pbk_pending_add(struct pbk_pending *pending, const struct fuse_in_header *he
     request->unique = header->unique;
     request->nodeid = header->nodeid;
     request->opcode = header->opcode;
+    request->pid = pid;
     request->job = job;
 
     pthread_mutex_lock(&pending->lock);
@@ -99,6 +101,19 @@ struct pbk_request *pbk_pending_take(struct pbk_pending *pending, uint64_t uniqu
     }
     pthread_mutex_unlock(&pending->lock);
     return found;
+}
+
+uint32_t pbk_dispatcher_caller(struct pbk_dispatcher *d, uint32_t token)
+{
+    struct pbk_pending *pending = &d->pending;
+    uint32_t pid = 0;
+    pthread_mutex_lock(&pending->lock);
+    for (size_t i = 0; i < pending->n_buckets; i++)
+        for (const struct pbk_request *request = pending->buckets[i]; request; request = request->next)
+            if (pbk_token_of(request->unique) == token)
+                pid = request->pid;
+    pthread_mutex_unlock(&pending->lock);
+    return pid;
 }
 
 struct pbk_request *pbk_pending_close(struct pbk_pending *pending)

@@ -124,20 +124,27 @@ static struct pbk_job *take(struct pbk_job **head, struct pbk_job ***tail)
     return job;
 }
 
-static void run_fsync(struct pbk_dispatcher *d, const struct pbk_job *job)
+static void run_fsync(struct pbk_worker *worker, struct pbk_job *job)
 {
+    struct pbk_dispatcher *d = worker->dispatcher;
     struct fuse_fsync_in in;
     int error = -EIO;
     if (job->length >= sizeof in) {
         memcpy(&in, job->body, sizeof in);
         struct pbk_node *node = pbk_nodes_get(d->nodes, job->header.nodeid);
-        if (node) {
-            error = pbk_node_fsync(node, in.fsync_flags & FUSE_FSYNC_FDATASYNC);
-            pbk_node_put(node);
+        if (!node) {
+            worker->job = job;
+            pbk_park_for_open(worker, &job->header, job->body, job->length);
+            free(worker->job); /* unless it was parked */
+            worker->job = NULL;
+            return;
         }
+        error = pbk_node_fsync(node, in.fsync_flags & FUSE_FSYNC_FDATASYNC);
+        pbk_node_put(node);
     }
     /* ENOSYS would make the kernel take every later fsync for done. */
     pbk_reply(d, job->header.unique, error == -ENOSYS ? -EIO : error, NULL, 0);
+    free(job);
 }
 
 /* Whether the copy-up of a written-back page found no space, and the page waits for some now. */
@@ -225,8 +232,7 @@ void *pbk_pool_main(void *arg)
             atomic_fetch_sub_explicit(&pool->n_fsync_queued, 1, memory_order_relaxed);
             pool->n_fsyncs_running++;
             pthread_mutex_unlock(&pool->lock);
-            run_fsync(d, job);
-            free(job);
+            run_fsync(worker, job);
             pthread_mutex_lock(&pool->lock);
             pool->n_fsyncs_running--;
         } else {

@@ -134,6 +134,13 @@ static void take_answer(struct pbk_dispatcher *d, unsigned char *message, size_t
         pbk_dispatcher_log(d, "dispatcher: python's answer to request %u has %zu bytes and says %u", request->opcode,
                            length, header.len);
         pbk_reply(d, header.unique, -EIO, NULL, 0);
+    } else if (request->opcode == FUSE_INIT && d->is_taken_over) {
+        if (is_ok) {
+            pbk_dispatcher_open(d);
+        } else {
+            pbk_dispatcher_log(d, "dispatcher: python refused what the kernel said: %s", strerror(-header.error));
+            pbk_dispatcher_gone(d);
+        }
     } else if (request->opcode == FUSE_INIT && is_ok && job) {
         struct fuse_init_in in;
         struct fuse_init_out out;

@@ -44,11 +44,14 @@ int pbk_send_to_python(struct pbk_dispatcher *d, const void *message, size_t len
     return 0;
 }
 
-void pbk_forward(struct pbk_dispatcher *d, const void *message, size_t length, struct pbk_job *job)
+void pbk_forward(struct pbk_dispatcher *d, void *message, size_t length, struct pbk_job *job)
 {
     struct fuse_in_header header;
     memcpy(&header, message, sizeof header);
-    int error = pbk_pending_add(&d->pending, &header, job);
+    uint32_t pid = header.pid;
+    header.pid = pbk_token_of(header.unique);
+    memcpy(message, &header, sizeof header);
+    int error = pbk_pending_add(&d->pending, &header, job, pid);
     if (error) {
         free(job);
     } else if ((error = pbk_send_to_python(d, message, length))) {
@@ -95,6 +98,53 @@ static void forward_forgets(struct pbk_dispatcher *d, const struct fuse_in_heade
     }
 }
 
+static void forward_init(struct pbk_dispatcher *d, const struct fuse_in_header *header, unsigned char *message,
+                         size_t length)
+{
+    unsigned char *body = message + sizeof *header;
+    size_t body_length = length - sizeof *header;
+    struct fuse_init_in in;
+    memset(&in, 0, sizeof in);
+    memcpy(&in, body, body_length < sizeof in ? body_length : sizeof in);
+    if (in.major != PBK_FUSE_MAJOR) {
+        /* libfuse says which one it speaks, and the kernel asks again. */
+        pbk_forward(d, message, length, NULL);
+        return;
+    }
+    /* The kernel's own words are kept for the answer. */
+    struct pbk_job *offered = pbk_job_new(header, body, body_length);
+    if (!offered) {
+        pbk_reply(d, header->unique, -ENOMEM, NULL, 0);
+        return;
+    }
+    if (in.minor > MINOR_FOR_PYTHON && body_length >= offsetof(struct fuse_init_in, max_readahead)) {
+        in.minor = MINOR_FOR_PYTHON;
+        memcpy(body + offsetof(struct fuse_init_in, minor), &in.minor, sizeof in.minor);
+    }
+    pbk_forward(d, message, length, offered);
+}
+
+void pbk_forward_init(struct pbk_dispatcher *d)
+{
+    /* Numbers of requests are even. Source: FUSE_REQ_ID_STEP. */
+    struct fuse_in_header header = {.opcode = FUSE_INIT, .unique = 1};
+    unsigned char message[sizeof header + sizeof d->opening.init];
+    header.len = (uint32_t)(sizeof header + d->opening.init_length);
+    memcpy(message, &header, sizeof header);
+    memcpy(message + sizeof header, d->opening.init, d->opening.init_length);
+    forward_init(d, &header, message, header.len);
+}
+
+/* Notes what the kernel says, for whoever takes over from this process. */
+static void keep_init(struct pbk_dispatcher *d, const unsigned char *body, size_t length)
+{
+    struct pbk_opening *opening = &d->opening;
+    pthread_mutex_lock(&opening->lock);
+    opening->init_length = length < sizeof opening->init ? length : sizeof opening->init;
+    memcpy(opening->init, body, opening->init_length);
+    pthread_mutex_unlock(&opening->lock);
+}
+
 /* Passes on what pbk_answer_hot left, changed where the socketpair or libfuse wants it smaller. */
 static void forward_cold(struct pbk_dispatcher *d, struct fuse_in_header *header, unsigned char *message, size_t length)
 {
@@ -119,26 +169,10 @@ static void forward_cold(struct pbk_dispatcher *d, struct fuse_in_header *header
         }
         break;
     }
-    case FUSE_INIT: {
-        struct fuse_init_in in;
-        memset(&in, 0, sizeof in);
-        memcpy(&in, body, body_length < sizeof in ? body_length : sizeof in);
-        if (in.major == PBK_FUSE_MAJOR) {
-            /* The kernel's own words are kept for the answer. */
-            struct pbk_job *offered = pbk_job_new(header, body, body_length);
-            if (!offered) {
-                pbk_reply(d, header->unique, -ENOMEM, NULL, 0);
-                return;
-            }
-            if (in.minor > MINOR_FOR_PYTHON && body_length >= offsetof(struct fuse_init_in, max_readahead)) {
-                in.minor = MINOR_FOR_PYTHON;
-                memcpy(body + offsetof(struct fuse_init_in, minor), &in.minor, sizeof in.minor);
-            }
-            pbk_forward(d, message, length, offered);
-            return;
-        }
-        break; /* another major: libfuse says which one it speaks, and the kernel asks again */
-    }
+    case FUSE_INIT:
+        keep_init(d, body, body_length);
+        forward_init(d, header, message, length);
+        return;
     default:
         break;
     }
@@ -168,6 +202,17 @@ static void take_request(struct pbk_worker *worker, size_t length)
     }
 }
 
+/* Whoever takes over a connection must not read before the kernel has been asked to send again: it would send again what has
+ * just been read, too. */
+static void wait_until_open(struct pbk_dispatcher *d)
+{
+    struct pbk_opening *opening = &d->opening;
+    pthread_mutex_lock(&opening->lock);
+    while (!opening->is_open && !atomic_load(&d->is_stopping))
+        pthread_cond_wait(&opening->opened, &opening->lock);
+    pthread_mutex_unlock(&opening->lock);
+}
+
 void *pbk_reader_main(void *arg)
 {
     struct pbk_worker *worker = arg;
@@ -175,6 +220,7 @@ void *pbk_reader_main(void *arg)
     pbk_worker_begin();
     int state;
     pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
+    wait_until_open(d);
     while (!atomic_load_explicit(&d->is_stopping, memory_order_relaxed)) {
         /* The only place where stop may end this thread: it owns nothing here, and a request that is lost in it is failed
          * by the kernel when the descriptor is closed. A read with a time limit would cost every request a system call,

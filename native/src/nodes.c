@@ -451,7 +451,13 @@ void pbk_node_opened(struct pbk_node *node)
 
 void pbk_node_released(struct pbk_node *node)
 {
-    if (atomic_fetch_sub(&node->n_handles, 1) != 1)
+    /* What was opened before a takeover was not counted here. */
+    unsigned n_handles = atomic_load(&node->n_handles);
+    do {
+        if (n_handles == 0)
+            return;
+    } while (!atomic_compare_exchange_weak(&node->n_handles, &n_handles, n_handles - 1));
+    if (n_handles != 1)
         return;
     struct pbk_nodes *nodes = node->nodes;
     pthread_rwlock_rdlock(&node->lock);

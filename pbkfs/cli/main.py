@@ -21,6 +21,10 @@ from pbkfs.errors import PbkfsError
 # verb -> (module, help). The help stands here so that listing the verbs imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "mount": ("pbkfs.cli.mount", "Mount a backup as a writable PGDATA."),
+    "upgrade": (
+        "pbkfs.cli.upgrade",
+        "Have this program serve a mount in place of another version.",
+    ),
     "unmount": ("pbkfs.cli.unmount", "Unmount; the diff keeps all changes."),
     "list": ("pbkfs.cli.list", "List the mounts of this host."),
     "stat": ("pbkfs.cli.stat", "Show what a mount holds, costs and does."),

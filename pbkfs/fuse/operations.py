@@ -80,11 +80,20 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = False
 
-    def __init__(self, tree: Tree, invalidate: Callable[[int], None]) -> None:
-        """``invalidate`` has the kernel forget the attributes and the listing of an inode."""
+    def __init__(
+        self, tree: Tree, invalidate: Callable[[int], None], find_caller: Callable[[int], int]
+    ) -> None:
+        """``invalidate`` has the kernel forget the attributes and the listing of an inode,
+        ``find_caller`` knows the process behind a request."""
         super().__init__()
         self._tree = tree
         self._invalidate = invalidate
+        self._find_caller = find_caller
+
+    def _was_done(self, ctx: pyfuse3.RequestContext) -> int | None:
+        """Begin a change of names; returns what it made if a dead worker has carried it out."""
+        # The dispatcher has put the request's token there.
+        return self._tree.was_done(ctx.pid & 0xFFFFFFFF)
 
     # --- names --------------------------------------------------------------------------------
 
@@ -125,6 +134,9 @@ class Operations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        made = self._was_done(ctx)
+        if made is not None:
+            return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
         return entry_of(self._tree.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid))
 
@@ -137,6 +149,10 @@ class Operations(pyfuse3.Operations):
         _flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        made = self._was_done(ctx)
+        if made is not None:
+            self._tree.open(made)
+            return pyfuse3.FileInfo(fh=made, keep_cache=True), entry_of(self._tree.getattr(made))
         attr = self._tree.create(parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
         return pyfuse3.FileInfo(fh=attr.ino, keep_cache=True), entry_of(attr)
 
@@ -146,6 +162,9 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if not stat.S_ISREG(mode):
             raise OSError(errno.EPERM, "only regular files")
+        made = self._was_done(ctx)
+        if made is not None:
+            return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
         return entry_of(self._tree.create(parent_inode, name, mode, ctx.uid, ctx.gid))
 
@@ -155,26 +174,38 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if tablespaces.is_tablespace_link(self._tree, parent_inode, name, target):
             return await self._keep_tablespace(parent_inode, name, target, ctx)
+        made = self._was_done(ctx)
+        if made is not None:
+            return entry_of(self._tree.getattr(made))
         return entry_of(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
 
     async def _keep_tablespace(
         self, parent: int, oid: bytes, location: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         place = os.fsdecode(location)
+        pid = self._find_caller(ctx.pid & 0xFFFFFFFF)
         try:
             found = await trio.to_thread.run_sync(
-                tablespaces.find_directories, location, ctx.pid, abandon_on_cancel=True
+                tablespaces.find_directories, location, pid, abandon_on_cancel=True
             )
         except OSError as error:
             logger.warning("tablespace %s: %s: %s", os.fsdecode(oid), place, error.strerror)
             raise
-        attr, changed = tablespaces.keep(self._tree, parent, oid, found, ctx.uid, ctx.gid)
+        # What comes before the link is looked for first, so it may be done twice.
+        self._tree.was_done(0)
+        changed = tablespaces.keep(self._tree, oid, found, ctx.uid, ctx.gid)
+        made = self._was_done(ctx)
+        if made is not None:
+            attr = self._tree.getattr(made)
+        else:
+            target = tablespaces.shown_target(oid)
+            attr = self._tree.symlink(parent, oid, target, ctx.uid, ctx.gid)
         for ino in changed:
             self._invalidate(ino)
         logger.info("tablespace %s lies on the mount, not in %s", os.fsdecode(oid), place)
         try:
             await trio.to_thread.run_sync(
-                tablespaces.remove_empty, location, ctx.pid, found, ctx.uid, abandon_on_cancel=True
+                tablespaces.remove_empty, location, pid, found, ctx.uid, abandon_on_cancel=True
             )
         except OSError as error:
             logger.warning("%s is empty, but not removed: %s", place, error.strerror)
@@ -182,17 +213,22 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, _ctx: pyfuse3.RequestContext
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        made = self._was_done(ctx)
+        if made is not None:
+            return entry_of(self._tree.getattr(made))
         return entry_of(self._tree.link(inode, new_parent_inode, new_name))
 
     @_answered
-    async def unlink(self, parent_inode: int, name: bytes, _ctx: pyfuse3.RequestContext) -> None:
-        self._tree.unlink(parent_inode, name)
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if self._was_done(ctx) is None:
+            self._tree.unlink(parent_inode, name)
 
     @_answered
-    async def rmdir(self, parent_inode: int, name: bytes, _ctx: pyfuse3.RequestContext) -> None:
-        self._tree.rmdir(parent_inode, name)
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if self._was_done(ctx) is None:
+            self._tree.rmdir(parent_inode, name)
 
     @_answered
     async def rename(
@@ -202,8 +238,10 @@ class Operations(pyfuse3.Operations):
         parent_inode_new: int,
         name_new: bytes,
         flags: int,
-        _ctx: pyfuse3.RequestContext,
+        ctx: pyfuse3.RequestContext,
     ) -> None:
+        if self._was_done(ctx) is not None:
+            return
         self._check_moved(parent_inode_old, name_old, parent_inode_new, name_new)
         self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,15 @@ from pbkfs.fuse.operations import Operations
 from pbkfs.fuse.writeback import Writeback
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pbkfs.overlay.tree import Tree
 
 logger = logging.getLogger(__name__)
+
+# Source: linux/fuse.h, struct fuse_init_in: major, minor, max_readahead, flags, flags2.
+_INIT = struct.Struct("=5I")
+_INIT_EXT, _HAS_RESEND = 1 << 30, 1 << 39
 
 # Tasks of pyfuse3: as many as there may be requests that wait in a thread (fsync of directories).
 _MIN_TASKS = 2
@@ -50,7 +57,7 @@ class Session:
         full_wait_s: int = -1,
     ) -> None:
         self._tree = tree
-        self._mountpoint = Path(os.path.realpath(mountpoint))  # as the kernel lists it
+        self._mountpoint = mountpoint
         self._allow_other = allow_other
         self._fsname = fsname
         self._subtype = subtype
@@ -61,13 +68,44 @@ class Session:
         self.writeback = Writeback(0, is_set=False, reserve_bytes=0)
         self._is_serving = False
         self._has_answered = False
+        self._init = b""
+        self._fail: Callable[[BaseException], None] | None = None
         self._closed = trio.Event()
+
+    @property
+    def mountpoint(self) -> Path:
+        """Where it is mounted, as the kernel lists it once it is."""
+        return self._mountpoint
+
+    @property
+    def fuse_fd(self) -> int:
+        """The connection with the kernel, which ends with its last copy. Stays the session's."""
+        return self._fuse_fd
+
+    @property
+    def init_request(self) -> bytes:
+        """What the kernel said at the begin; for ``take_over`` of another process."""
+        return b"" if self._dispatcher is None else self._dispatcher.init_request
+
+    def can_resend(self) -> bool:
+        """Tell whether the kernel would send again what a dead process has not answered."""
+        said = self.init_request
+        if len(said) < _INIT.size:
+            return False
+        _, _, _, flags, flags2 = _INIT.unpack_from(said)
+        return bool(flags & _INIT_EXT and flags2 & _HAS_RESEND >> 32)
+
+    def fail_with(self, fail: Callable[[BaseException], None]) -> None:
+        """Call ``fail``, which does not return, where serving ends by a bug: nothing is answered,
+        for another process takes over."""
+        self._fail = fail
 
     def mount(self) -> None:
         """Mount; whoever touches the mount point waits until ``serve`` runs.
 
         Raises HostError with nothing mounted.
         """
+        self._mountpoint = Path(os.path.realpath(self._mountpoint))  # as the kernel lists it
         self._fuse_fd = mounting.open_and_mount(
             self._mountpoint,
             fsname=self._fsname,
@@ -75,20 +113,41 @@ class Session:
             allow_other=self._allow_other,
         )
         try:
-            self._device = mounting.find_device(self._mountpoint)
-            writeback.read_ahead(self._device)
-            self.bound_dirty()
-            logger.debug("write-back of %s: %s", self._mountpoint, self.writeback)
-            self._log_fd, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            self._native_log_fd = log_fd
-            self._dispatcher = Dispatcher(
-                self._tree.nodes, self._fuse_fd, log_fd=log_fd, hold_s=self._full_wait_s
-            )
+            self._begin()
         except BaseException:
             with contextlib.suppress(Exception):
                 mounting.detach(self._mountpoint)
             self._close_descriptors()
             raise
+
+    def take_over(self, fuse_fd: int, init: bytes) -> None:
+        """Go on with the mount of a process that is dead; it is as if it had been slow.
+
+        ``fuse_fd`` is the session's from now on, ``init`` what the kernel had said to the first
+        process. The path of the mount point is the kernel's: it can't be looked at before
+        ``serve``. Raises OSError, HostError.
+        """
+        self._fuse_fd = fuse_fd
+        self._init = init
+        try:
+            self._begin()
+        except BaseException:
+            self._close_descriptors()
+            raise
+
+    def _begin(self) -> None:
+        self._device = mounting.find_device(self._mountpoint)
+        writeback.read_ahead(self._device)
+        self.bound_dirty()
+        logger.debug("write-back of %s: %s", self._mountpoint, self.writeback)
+        self._log_fd, self._native_log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._dispatcher = Dispatcher(
+            self._tree.nodes,
+            self._fuse_fd,
+            log_fd=self._native_log_fd,
+            hold_s=self._full_wait_s,
+            init=self._init,
+        )
 
     def bound_dirty(self) -> None:
         """Bound what the kernel may hold back, and keep as much space. To be repeated: see there.
@@ -111,7 +170,8 @@ class Session:
             # libfuse closes its descriptor at the end, so it gets one of its own.
             python_fd = os.dup(dispatcher.socket_fd)
             try:
-                pyfuse3.init(Operations(self._tree, self.invalidate), f"/dev/fd/{python_fd}", set())
+                operations = Operations(self._tree, self.invalidate, dispatcher.caller)
+                pyfuse3.init(operations, f"/dev/fd/{python_fd}", set())
             except BaseException:
                 os.close(python_fd)
                 raise
@@ -124,11 +184,15 @@ class Session:
                     nursery.start_soon(self._announce, task_status)
                     await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
                     nursery.cancel_scope.cancel()
-                if not self._has_answered:
+                if not self._has_answered and not self._init:
                     raise HostError(
                         f"{self._mountpoint} was unmounted before it was ready",
                         hint="See who did it, and mount again.",
                     )
+            except Exception as error:
+                if self._fail is not None:
+                    self._fail(error)
+                raise
             finally:
                 self._is_serving = False
                 dispatcher.stop()
@@ -200,6 +264,14 @@ class Session:
         if dispatcher is None:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         dispatcher.invalidate(ino, offset, length)
+
+    def is_known(self, ino: int) -> bool:
+        """Return whether the kernel has this inode. Not for the trio thread: it may have to wait.
+
+        Raises OSError.
+        """
+        dispatcher = self._dispatcher
+        return dispatcher is None or dispatcher.is_known(ino)
 
     def counters(self) -> dict[str, int]:
         """Return requests by kind, and the state of the queues."""

@@ -23,7 +23,7 @@ from pbkfs.backup.base import TABLESPACE_ROOT
 from pbkfs.pgdata import PG_TBLSPC
 
 if TYPE_CHECKING:
-    from pbkfs.overlay.tree import Attr, Tree
+    from pbkfs.overlay.tree import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -72,19 +72,34 @@ def find_directories(location: bytes, pid: int) -> list[VersionDirectory]:
 
 
 def keep(
-    tree: Tree, parent: int, oid: bytes, directories: list[VersionDirectory], uid: int, gid: int
-) -> tuple[Attr, list[int]]:
-    """Make the link, and below TABLESPACE_ROOT what it leads to, where that is not there yet.
+    tree: Tree, oid: bytes, directories: list[VersionDirectory], uid: int, gid: int
+) -> list[int]:
+    """Make, below TABLESPACE_ROOT, what the link of a tablespace leads to and is not there yet.
 
-    Counts a lookup of the link. Also returns the directories whose listing has changed.
+    Returns the directories whose listing has changed.
     """
     changed: list[int] = []
     shown = _directory(tree, tree.ROOT, VersionDirectory(TABLESPACE_ROOT, 0o700, uid, gid), changed)
     own = _directory(tree, shown, VersionDirectory(oid, 0o700, uid, gid), changed)
     for directory in directories:
         _directory(tree, own, directory, changed)
-    target = b"../%s/%s" % (TABLESPACE_ROOT, oid)
-    return tree.symlink(parent, oid, target, uid, gid), changed
+    return changed
+
+
+def shown_target(oid: bytes) -> bytes:
+    """Return what the link of a tablespace leads to."""
+    return b"../%s/%s" % (TABLESPACE_ROOT, oid)
+
+
+def find_listings(tree: Tree) -> list[int]:
+    """Return the directories that ``keep`` may have changed without the kernel having asked."""
+    found = [tree.ROOT]
+    try:
+        shown = tree.lookup(tree.ROOT, TABLESPACE_ROOT)
+    except FileNotFoundError:
+        return found
+    tree.forget(shown.ino, 1)
+    return [*found, shown.ino, *(attr.ino for _, attr, _ in tree.readdir(shown.ino, 0))]
 
 
 def remove_empty(location: bytes, pid: int, directories: list[VersionDirectory], uid: int) -> None:

@@ -1,7 +1,8 @@
 """Start a worker: fork, wait for its report, and say how far it got.
 
-Called by the command line, in a process without threads. The worker is a grandchild in its own
-session, so that neither a terminal's Ctrl-C nor the end of the command reaches it.
+Called by the command line, in a process without threads. The worker is a descendant in a session
+of its own, so that neither a terminal's Ctrl-C nor the end of the command reaches it; its parent is
+the keeper, where the kernel allows to survive a worker (``keeping``).
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Literal
 
 from pbkfs.config import START_LIMIT_S
 from pbkfs.errors import HostError, TimedOutError
-from pbkfs.mount import wipe, worker
+from pbkfs.mount import keeping, wipe, worker
 from pbkfs.mount.opening import OpenMount
 from pbkfs.mount.report import ReportReader, ReportWriter, fields_to_error
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """How far a mount got: ``pid`` is the worker's."""
+    """How far a mount got: ``pid`` is its owner's, the keeper or else the worker."""
 
     state: Literal["ready", "in progress", "interrupted"]
     pid: int | None
@@ -88,7 +89,8 @@ def _become_worker(opened: OpenMount, write_end: int, foreign: set[int]) -> None
         for fd in foreign:
             with contextlib.suppress(OSError):
                 os.close(fd)
-        code = worker.run(opened, ReportWriter(write_end), is_console=False)
+        link = keeping.become_keeper() if keeping.is_possible() else None
+        code = worker.run(opened, ReportWriter(write_end), is_console=False, link=link)
     finally:
         os._exit(code)
 

@@ -34,6 +34,10 @@ class DiffLock:
         self.is_new = is_new
         self._fd = fd
 
+    def fileno(self) -> int:
+        """Return the descriptor that holds the lock."""
+        return self._fd
+
     def write(self, owner: Owner) -> None:
         """Record the owner; durable, because another host may read it after our power cut."""
         data = owner.to_json()

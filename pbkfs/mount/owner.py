@@ -61,15 +61,16 @@ def parse_owner(data: bytes) -> Owner | None:
         return None
 
 
-def this_process(mountpoint: str) -> Owner:
-    """Return the calling process as an owner."""
-    ticks = start_ticks(os.getpid())
+def this_process(mountpoint: str, pid: int | None = None) -> Owner:
+    """Return the calling process, or ``pid`` of the same user, as an owner."""
+    pid = pid or os.getpid()
+    ticks = start_ticks(pid)
     assert ticks is not None
     return Owner(
         host=host_name(),
         machine_id=machine_id(),
         boot_id=boot_id(),
-        pid=os.getpid(),
+        pid=pid,
         start_ticks=ticks,
         mountpoint=mountpoint,
         uid=os.geteuid(),

@@ -63,13 +63,13 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def write_pid_file(path: Path | None) -> None:
-    """Write this process's pid to ``path``, if there is one. Raises HostError."""
+def write_pid_file(path: Path | None, pid: int) -> None:
+    """Write ``pid`` to ``path``, if there is one. Raises HostError."""
     if path is None:
         return
     try:
         with open(path, "w", encoding="ascii", opener=_open_public) as file:
-            file.write(f"{os.getpid()}\n")
+            file.write(f"{pid}\n")
     except OSError as error:
         raise HostError(
             f"cannot write pid file {path}: {reason(error)}",
@@ -77,12 +77,12 @@ def write_pid_file(path: Path | None) -> None:
         ) from error
 
 
-def remove_pid_file(path: Path | None) -> None:
-    """Remove the pid file if it is still ours."""
+def remove_pid_file(path: Path | None, pid: int) -> None:
+    """Remove the pid file if it still says ``pid``."""
     if path is None:
         return
     with contextlib.suppress(OSError):
-        if path.read_text(encoding="ascii").strip() == str(os.getpid()):
+        if path.read_text(encoding="ascii").strip() == str(pid):
             path.unlink()
 
 

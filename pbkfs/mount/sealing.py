@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -154,7 +154,16 @@ def _seal_offline(diff: Path, new_live: Path, child: Child | None) -> SealReport
 class Sealer:
     """The worker's half. One seal at a time, and no unmount beside it: the caller sees to that."""
 
-    def __init__(self, tree: Tree, diff: Path, mountpoint: Path, hydrator: Hydrator) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        diff: Path,
+        mountpoint: Path,
+        hydrator: Hydrator,
+        note_hold: Callable[[bool], None],
+    ) -> None:
+        """``note_hold`` is told before the server is held, and after it was let go."""
+        self._note_hold = note_hold
         self._tree = tree
         self._diff = diff
         self._mountpoint = mountpoint
@@ -191,6 +200,7 @@ class Sealer:
             await trio.to_thread.run_sync(seal.prepare)
             try:
                 if hold:
+                    self._note_hold(True)
                     note = await trio.to_thread.run_sync(standstill.begin)
                     if note is None:
                         await self._sync_mount(_HOLD_LIMIT_S)
@@ -199,6 +209,8 @@ class Sealer:
                 self._tree.hydration.forget()
             finally:
                 was_held = standstill.end()
+                if hold:
+                    self._note_hold(False)
             if hold and note is None and not was_held:
                 note = "writing back took too long to keep it waiting"
             await trio.to_thread.run_sync(self._finish, seal)

@@ -111,6 +111,15 @@ class Standstill:
             self._stopped[pid] = pidfd
 
 
+def let_go(mountpoint: Path) -> None:
+    """Let a server go on that a worker held when it died."""
+    for pid in find_processes(os.stat(mountpoint).st_dev):
+        try:
+            os.kill(pid, signal.SIGCONT)
+        except OSError as error:
+            logger.error("process %d can't be let go: %s", pid, error.strerror)
+
+
 def find_processes(device: int) -> list[int]:
     """Return the processes of servers whose PGDATA is on the file system ``device``, oldest first.
 

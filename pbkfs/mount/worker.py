@@ -23,16 +23,31 @@ from typing import TYPE_CHECKING, Any
 
 import pbkfs
 from pbkfs.config import START_LIMIT_S
-from pbkfs.errors import BusyError, PbkfsError
-from pbkfs.mount import binding, control, holders, mounts, process, statistics, wal
+from pbkfs.errors import BusyError, HostError, PbkfsError
+from pbkfs.mount import (
+    binding,
+    control,
+    holders,
+    keeping,
+    mounts,
+    process,
+    standstill,
+    statistics,
+    takeover,
+    wal,
+)
 from pbkfs.mount.binding import Binding
 from pbkfs.mount.flattening import Restacker
 from pbkfs.mount.hydrating import Hydrator
+from pbkfs.mount.keeping import Link, Taken
 from pbkfs.mount.opening import OpenMount, host_errors, now
 from pbkfs.mount.owner import host_name, this_process
 from pbkfs.mount.report import ReportWriter, error_to_fields
 from pbkfs.mount.request import reason
 from pbkfs.mount.sealing import Sealer
+from pbkfs.overlay import ledger as ledgers
+from pbkfs.overlay.layer import OBJECTS
+from pbkfs.overlay.ledger import Ledger
 
 if TYPE_CHECKING:
     import trio
@@ -56,12 +71,15 @@ _SYNC_EVERY_S = 5.0
 _LAST_REPLIES_S = 2.0
 
 
-def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
+def run(
+    opened: OpenMount, report: ReportWriter, *, is_console: bool, link: Link | None = None
+) -> int:
     """Serve the mount until it is unmounted; returns the exit code.
 
-    A failure before the mount point answers is reported, and a new diff taken away again.
+    A failure before the mount point answers is reported, and a new diff taken away again. ``link``
+    leads to the keeper, if there is one.
     """
-    worker = Worker(opened, report)
+    worker = Worker(opened, report, link)
     # Until the log is set up, what goes wrong is for the report alone.
     logging.getLogger().addHandler(logging.NullHandler())
     try:
@@ -90,6 +108,32 @@ def run(opened: OpenMount, report: ReportWriter, *, is_console: bool) -> int:
         logging.shutdown()
 
 
+def run_taken(taken: Taken) -> int:
+    """Serve the mount of a worker that has died until it is unmounted; returns the exit code."""
+    logging.getLogger().addHandler(logging.NullHandler())
+    try:
+        numbers = takeover.read_numbers(taken.fds)
+        options = takeover.log_options(numbers.meta)
+        log_fd = process.configure_log(options, Path(numbers.meta["diff"]), is_console=False)
+        process.redirect(log_fd)
+        faulthandler.enable(2)
+        logger.warning("%s; this one takes over", taken.why)
+        opened, ledger = takeover.open_taken(numbers, taken.fds)
+        worker = Worker(opened, ReportWriter(-1), taken.link)
+        worker.taken, worker.ledger = taken, ledger
+        worker.was_ready = True
+        return worker.run()
+    except BaseException as caught:
+        error = _unwrap(caught)
+        if isinstance(error, PbkfsError):
+            logger.error("cannot take over: %s", error.message)
+            return error.exit_code if isinstance(error, takeover.RefusedError) else 1
+        logger.critical("worker failed", exc_info=error)
+        return 1
+    finally:
+        logging.shutdown()
+
+
 def _unwrap(error: BaseException) -> BaseException:
     """Return the one exception inside of a nursery's group, or the group if there are several."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
@@ -100,9 +144,16 @@ def _unwrap(error: BaseException) -> BaseException:
 class Worker:
     """One mount being served. All methods run on the main thread."""
 
-    def __init__(self, opened: OpenMount, report: ReportWriter) -> None:
+    def __init__(self, opened: OpenMount, report: ReportWriter, link: Link | None = None) -> None:
         self.opened = opened
         self.report = report
+        self.link = link
+        self.ledger: Ledger | None = None
+        self.taken: Taken | None = None
+        self._devices: set[int] = set()
+        self._is_armed = False
+        # The process that has the mount for as long as it lasts.
+        self.owner_pid = os.getpid() if link is None else link.pid
         self.was_ready = False
         self.started_at = time.time()
         self.state = "starting"
@@ -117,9 +168,11 @@ class Worker:
     def run(self) -> int:
         """Start, serve and end. Raises what keeps it from serving."""
         opened = self.opened
-        self.report.send("started", pid=os.getpid())
+        self.report.send("started", pid=self.owner_pid)
+        if self.taken is not None:
+            return self._run_taken(self.taken)
         with host_errors(opened.diff_path):
-            opened.lock.write(this_process(str(opened.place.path)))
+            opened.lock.write(this_process(str(opened.place.path), self.owner_pid))
         logger.info(
             "pbkfs %s serves %s on %s, diff %s",
             pbkfs.__version__,
@@ -132,7 +185,7 @@ class Worker:
         for note in opened.base.notes:
             logger.info("%s", note)
         process.raise_descriptor_limit()
-        opened.base.acquire(os.getpid())
+        opened.base.acquire(self.owner_pid)
         try:
             with process.abort_on_signals(), host_errors(opened.diff_path):
                 n_files = wal.move_out(opened.tree, opened.base, opened.diff_path, opened.owner)
@@ -147,7 +200,19 @@ class Worker:
                 trio.run(self._serve, server)
             return self._end()
         finally:
-            opened.base.release(os.getpid())
+            opened.base.release(self.owner_pid)
+
+    def _run_taken(self, taken: Taken) -> int:
+        """Serve on. What fails leaves the mount to the next one, so only its end gives it back."""
+        import trio
+
+        process.raise_descriptor_limit()
+        server = socket.socket(fileno=os.dup(taken.fds["control"]))
+        with server:
+            trio.run(self._serve, server)
+        code = self._end()
+        self.opened.base.release(self.owner_pid)
+        return code
 
     def _clear_dead_mount(self) -> None:
         """Take the dead mount away; late, for an empty directory shows until we mount."""
@@ -168,7 +233,7 @@ class Worker:
             logger.warning("cannot write the binding of %s: %s", opened.diff_path, reason(error))
         with contextlib.suppress(FileNotFoundError):
             (opened.diff_path / control.NAME).unlink()
-        process.remove_pid_file(opened.request.pid_file)
+        process.remove_pid_file(opened.request.pid_file, self.owner_pid)
         logger.info("unmounted %s", opened.place.path)
         opened.lock.clear()
         opened.lock.close()
@@ -185,7 +250,7 @@ class Worker:
             created_at=bound.created_at if bound else moment,
             last_used_at=moment,
             pbkfs_version=pbkfs.__version__,
-            pid=os.getpid() if state == "active" else None,
+            pid=self.owner_pid if state == "active" else None,
             host=host_name(),
             state="active" if state == "active" else "released",
             made_directory=bound.made_directory if bound else opened.diff_path in opened.made,
@@ -211,23 +276,31 @@ class Worker:
         with trio.open_signal_receiver(*_ENDING, *_IGNORED) as signals:
             try:
                 async with trio.open_nursery() as nursery:
-                    if opened.place.dead is not None:
-                        self._clear_dead_mount()
-                    session.mount()
+                    if self.taken is not None:
+                        self._take_over(session, self.taken)
+                    else:
+                        if opened.place.dead is not None:
+                            self._clear_dead_mount()
+                        self._begin_ledger()
+                        session.mount()
                     await nursery.start(session.serve)
                     nursery.start_soon(_guarded, control.serve, server, self._handlers())
                     nursery.start_soon(_guarded, self._pump_log)
                     nursery.start_soon(_guarded, self._keep_synced, session)
                     nursery.start_soon(_guarded, self.hydrator.serve)
                     nursery.start_soon(_guarded, self._obey_signals, signals)
-                    process.write_pid_file(opened.request.pid_file)
-                    with host_errors(opened.diff_path):
-                        self._write_binding("active")
+                    if self.taken is None:
+                        process.write_pid_file(opened.request.pid_file, self.owner_pid)
+                        with host_errors(opened.diff_path):
+                            self._write_binding("active")
                     self.state = "serving"
                     self.was_ready = True
-                    self.report.send("ok", pid=os.getpid(), mountpoint=str(opened.place.path))
+                    self.report.send("ok", pid=self.owner_pid, mountpoint=str(opened.place.path))
                     self.report.close()
                     logger.info("ready")
+                    self._tell_keeper(session, server)
+                    if self.taken is not None:
+                        nursery.start_soon(_guarded, self._repair, session)
                     if opened.request.hydrate is not None:
                         self.hydrator.start(opened.request.hydrate)
                     await session.wait_closed()
@@ -242,6 +315,121 @@ class Worker:
                         session.unmount(lazy=True)
                 raise
 
+    # --- surviving this process -------------------------------------------------------------------
+
+    def _begin_ledger(self) -> None:
+        """Write down from now on what another worker would need."""
+        if self.link is None:
+            return
+        try:
+            self.ledger = Ledger.make()
+            self.opened.tree.keep_ledger(self.ledger)
+        except OSError as error:
+            self.ledger = None
+            logger.warning("the death of this worker will end the mount: %s", reason(error))
+
+    def _tell_keeper(self, session: Session, server: socket.socket) -> None:
+        """Let the keeper know that this worker serves, and how another one could."""
+        if self.link is None or self.ledger is None:
+            return
+        if self.taken is not None:
+            self.link.send("serving")
+            self._is_armed = True
+            return
+        opened = self.opened
+        if not session.can_resend():
+            logger.info("this kernel can't send again: the death of this worker ends the mount")
+            return
+        self.ledger.note(**takeover.describe(opened, session.mountpoint))
+        self.ledger.note_init(session.init_request)
+        if not self.ledger.is_usable:
+            return
+        objects_fd = os.open(opened.diff.live.path / OBJECTS, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fds = {
+                "fuse": session.fuse_fd,
+                "ledger": self.ledger.fd,
+                "lock": opened.lock.fileno(),
+                "control": server.fileno(),
+                takeover.OBJECTS_FD: objects_fd,
+            }
+            self._devices.add(os.fstat(objects_fd).st_dev)
+            self.link.send("armed", fds, command=keeping.command(), log=self._keeper_log())
+        finally:
+            os.close(objects_fd)
+        self._is_armed = True
+        session.fail_with(self._fail)
+
+    def _keeper_log(self) -> dict[str, str] | None:
+        options = self.opened.request.log
+        if options.sink != "file":
+            return None
+        path = options.path or self.opened.diff_path / "log" / "worker.log"
+        return {"path": os.path.abspath(path), "style": options.style}
+
+    def _fail(self, error: BaseException) -> None:
+        """End at once, without an answer to anybody: another worker takes over."""
+        logger.critical("worker failed", exc_info=error)
+        logging.shutdown()
+        os._exit(1)
+
+    def _take_over(self, session: Session, taken: Taken) -> None:
+        assert self.ledger is not None
+        session.fail_with(self._fail)
+        session.take_over(taken.fds["fuse"], self.ledger.init)
+
+    async def _repair(self, session: Session) -> None:
+        """Do again what the dead worker may have left half done outside of the tree."""
+        import trio
+
+        from pbkfs.fuse import tablespaces
+
+        assert self.ledger is not None
+        for ino in tablespaces.find_listings(self.opened.tree):
+            session.invalidate(ino)
+        try:
+            # The readers of a backup are there by the keeper's process; that stays true.
+            await trio.to_thread.run_sync(self.opened.base.acquire, self.owner_pid)
+        except (PbkfsError, OSError) as error:
+            logger.warning("the base is not guarded any more: %s", error)
+        if self.ledger.meta.get("holds_server"):
+            await trio.to_thread.run_sync(standstill.let_go, session.mountpoint)
+            self.ledger.note(holds_server=False)
+
+    def _note_hold(self, is_held: bool) -> None:
+        if self.ledger is not None:
+            self.ledger.note(holds_server=is_held)
+
+    def _keep_objects(self) -> None:
+        """Give the keeper a descriptor of the file system of a new live layer: see takeover."""
+        if self.link is None or self.ledger is None:
+            return
+        fd = os.open(self.opened.diff.live.path / OBJECTS, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            device = os.fstat(fd).st_dev
+            if device not in self._devices:
+                self._devices.add(device)
+                self.link.send("added", {f"{takeover.OBJECTS_FD}-{device}": fd})
+        finally:
+            os.close(fd)
+
+    async def _forget_unknown(self, session: Session) -> None:
+        """Let go of what lost its name and the kernel does not know any more.
+
+        After a takeover nobody has counted how often it was looked up.
+        """
+        import trio
+
+        tree = self.opened.tree
+        for ino in tree.find_uncertain():
+            try:
+                is_known = await trio.to_thread.run_sync(session.is_known, ino)
+            except OSError as error:
+                logger.warning("the kernel does not say whether it has an inode: %s", reason(error))
+                return
+            if not is_known:
+                tree.abandon(ino)
+
     def _handlers(self) -> dict[str, control.Handler]:
         handlers: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
             "ping": self._on_ping,
@@ -253,6 +441,7 @@ class Worker:
             "hydration": self._on_hydration,
             "seal": self._on_seal,
             "restack": self._on_restack,
+            "upgrade": self._on_upgrade,
         }
         return {op: self._counted(handler) for op, handler in handlers.items()}
 
@@ -300,6 +489,9 @@ class Worker:
         while True:
             await trio.sleep(_SYNC_EVERY_S)
             try:
+                await self._forget_unknown(session)
+                if self.ledger is not None:
+                    self.ledger.tidy()
                 tree.reap()
                 session.bound_dirty()
                 await trio.to_thread.run_sync(tree.sync)
@@ -353,6 +545,8 @@ class Worker:
             "pid": os.getpid(),
             "state": self.state,
             "version": pbkfs.__version__,
+            "owner": self.owner_pid,
+            "n_takeovers": 0 if self.taken is None else self.taken.n_takeovers,
             "waiting_for_space": self.session_counters().get("waiting_for_space", 0),
         }
 
@@ -385,9 +579,13 @@ class Worker:
     async def _on_hydrate(self, request: dict[str, Any]) -> dict[str, Any]:
         if request.get("stop"):
             self.hydrator.stop()
+            rate = None
         else:
             rate = request.get("rate")
             self.hydrator.start(None if rate is None else int(rate))
+            rate = 0 if rate is None else int(rate)
+        if self.ledger is not None:
+            self.ledger.note(hydrate=rate)
         return {"hydration": self.hydrator.fields()}
 
     async def _on_hydration(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -407,9 +605,12 @@ class Worker:
                     hint="Make room on its file system first." if n_waiting else None,
                 )
             opened = self.opened
-            return await Sealer(
-                opened.tree, opened.diff_path, opened.place.path, self.hydrator
-            ).seal(request)
+            sealer = Sealer(
+                opened.tree, opened.diff_path, opened.place.path, self.hydrator, self._note_hold
+            )
+            answer = await sealer.seal(request)
+            self._keep_objects()
+            return answer
 
     async def _on_restack(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._session is not None
@@ -420,6 +621,27 @@ class Worker:
                 raise BusyError(f"diff {opened.diff_path} is being unmounted")
             restacker = Restacker(opened.tree, opened.diff_path, self.hydrator)
             return await restacker.restack(request)
+
+    async def _on_upgrade(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._unmounting is not None
+        path = self.opened.place.path
+        if self.link is None or not self._is_armed or self.ledger is None:
+            raise HostError(
+                f"the mount on {path} can't survive its worker",
+                hint="That needs Linux 6.9 or later; unmount it, and mount it again.",
+            )
+        if int(request["ledger_version"]) != ledgers.VERSION or not self.ledger.is_usable:
+            raise HostError(
+                f"the mount on {path} can't be taken over by that version",
+                hint="Unmount it, and mount it again.",
+            )
+        if self._unmounting.locked():
+            raise BusyError(
+                f"the mount on {path} is being sealed, folded or unmounted",
+                hint="Try again when that is done.",
+            )
+        self.link.send("replace", command=[str(part) for part in request["command"]])
+        return {"pid": os.getpid()}
 
     def writeback(self) -> Writeback:
         """Return what the kernel may hold back, and what is kept for it."""

@@ -19,7 +19,9 @@ from pbkfs.overlay import journal as records
 from pbkfs.overlay.inode import NOT_LOADED, File, Inode, Piece
 from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
 from pbkfs.overlay.layer import EMPTY_MAP, Layer, Named, PageMap
+from pbkfs.overlay.ledger import Orphan
 from pbkfs.overlay.namespace import Namespace
+from pbkfs.overlay.revival import describe
 from pbkfs.overlay.stack import Stack, count_blocks
 from pbkfs.pgdata import first_block_of, is_relation_file
 
@@ -144,7 +146,8 @@ class Contents:
         """
         for object_id, found in named.items():
             page_map = self._stack.live.page_maps.get(object_id, EMPTY_MAP)
-            if not found.is_mapped or page_map.is_whole:
+            if not found.is_mapped or page_map.is_whole or not found.path:
+                # Without a path: in use, but removed; opening it does this, too.
                 continue
             file = self._namespace.resolve(found.path)
             assert isinstance(file, File)
@@ -163,8 +166,16 @@ class Contents:
 
     # --- making and changing ----------------------------------------------------------------
 
-    def create(self, file: File, mode: int, uid: int, gid: int, path: bytes) -> None:
-        """Make the object of the new file ``file`` and record it as ``path``.
+    def create(
+        self,
+        file: File,
+        mode: int,
+        uid: int,
+        gid: int,
+        path: bytes,
+        append: Callable[[records.Create], None],
+    ) -> None:
+        """Make the object of the new file ``file`` and ``append`` the record of it as ``path``.
 
         Registered before the record is appended, because that can fail; nobody knows the inode
         yet. Raises OSError and leaves nothing.
@@ -176,7 +187,7 @@ class Contents:
             try:
                 piece = self._piece(object_id, is_mapped=False)
                 self._attach(file, piece, is_fresh=True)
-                self._stack.live.append(records.Create(object_id, path).encode(), label="create")
+                append(records.Create(object_id, path))
             except BaseException:
                 self.nodes.remove(file.ino)
                 raise
@@ -229,6 +240,8 @@ class Contents:
         else:
             self._doomed[self._stack.live, object_id] = (0, file.ino)
         file.pieces = (piece, *file.pieces)
+        if path is None:
+            self.note_orphan(file)
         self.counters["copied_up_mapped" if is_mapped else "copied_up_whole"] += 1
         if not is_mapped and not is_emptied:
             self.counters["copied_up_bytes"] += file.size
@@ -308,6 +321,28 @@ class Contents:
         if piece is not None:
             live = self._stack.live
             self._doomed[live, piece.object_id] = (live.journal.end, inode.ino)
+
+    def doom_object(self, layer: Layer, object_id: int, ino: int) -> None:
+        """Note that an object is to go with the inode ``ino``, whose removal is durable."""
+        self._doomed[layer, object_id] = (0, ino)
+
+    def note_orphan(self, inode: Inode) -> None:
+        """Write down for whoever takes over what an inode without names consists of now."""
+        if self._namespace.ledger is not None:
+            self._namespace.ledger.orphaned(inode.ino, self.describe(inode))
+
+    def describe(self, inode: Inode) -> Orphan:
+        """Return what an inode that has lost its names, or is about to, consists of."""
+        doomed: list[list[str | int]] = []
+        if inode.parent is None:
+            doomed = [
+                [layer.uuid.hex, object_id]
+                for (layer, object_id), (_, ino) in self._doomed.items()
+                if ino == inode.ino
+            ]
+        elif isinstance(inode, File) and (piece := self._stack.live_piece(inode)) is not None:
+            doomed = [[self._stack.live.uuid.hex, piece.object_id]]
+        return describe(self._stack, inode, doomed)
 
     def reap(self) -> None:
         """Unlink the objects of forgotten files whose removal is durable.

@@ -12,6 +12,9 @@ import stat
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# Lookups of an inode that the kernel knows from before a takeover: they were not counted here.
+PINNED = 1 << 60
+
 # Attributes of a file whose newest sealed object was not asked for them yet.
 NOT_LOADED = -1
 
@@ -95,6 +98,17 @@ class Inode:
             if dentry.parent is parent and dentry.name == name:
                 return dentry.cookie
         raise KeyError(name)
+
+    def move_cookie(self, parent: Directory, name: bytes, cookie: int) -> None:
+        """Give this name of the inode another cookie."""
+        if self.parent is parent and self.name == name:
+            self.cookie = cookie
+        self.more = tuple(
+            dentry._replace(cookie=cookie)
+            if dentry.parent is parent and dentry.name == name
+            else dentry
+            for dentry in self.more
+        )
 
 
 class File(Inode):

@@ -16,13 +16,14 @@ import errno
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from pbkfs import _native
 from pbkfs.backup.base import TABLESPACE_ROOT, Base, BaseEntry, Kind
-from pbkfs.errors import PbkfsError
-from pbkfs.overlay.inode import Dentry, Directory, File, Inode, SymbolicLink, join
+from pbkfs.errors import DiffError, PbkfsError
+from pbkfs.overlay.inode import PINNED, Dentry, Directory, File, Inode, SymbolicLink, join
 from pbkfs.overlay.journal import NAME_MAX
+from pbkfs.overlay.ledger import Ledger, Numbers, listed_frame
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -50,16 +51,20 @@ def check_name(name: bytes) -> None:
 class Namespace:
     """All names and inodes of one tree. ``owner`` (uid, gid) owns what comes from the base."""
 
-    def __init__(self, base: Base, owner: tuple[int, int], now_ns: int) -> None:
+    def __init__(
+        self, base: Base, owner: tuple[int, int], now_ns: int, last: int = ROOT_INO
+    ) -> None:
+        """``last``: up to here, numbers are not to be used, see ``adopt``."""
         self._base = base
         self._uid, self._gid = owner
-        self._last = ROOT_INO
+        self._last = last
         self.n_loaded = 0
         self.root = Directory(ROOT_INO, 0o700, self._uid, self._gid, now_ns)
         self.root.origin = b""
         self.root.parent = self.root
         self.inodes: dict[int, Inode] = {ROOT_INO: self.root}
         self._nodes: _native.Nodes | None = None
+        self.ledger: Ledger | None = None
 
     def tell(self, nodes: _native.Nodes) -> None:
         """Keep the native half informed of names from now on: it answers for missing ones."""
@@ -175,6 +180,8 @@ class Namespace:
         self.n_loaded += 1
         if self._nodes is not None:
             self._tell_names(self._nodes, directory)
+        if self.ledger is not None:
+            self.ledger.listed(directory.ino, self._positions(directory))
 
     def _scan(self, path: bytes) -> Iterable[BaseEntry]:
         try:
@@ -275,9 +282,12 @@ class Namespace:
 
     # --- changes; the caller has checked ----------------------------------------------------
 
-    def add(self, directory: Directory, name: bytes, inode: Inode) -> None:
-        """Give ``inode`` a name, its first or another one."""
-        cookie = self.new_number()
+    def add(
+        self, directory: Directory, name: bytes, inode: Inode, cookie: int | None = None
+    ) -> None:
+        """Give ``inode`` a name, its first or another one; ``cookie`` is a new number."""
+        if cookie is None:
+            cookie = self.new_number()
         if inode.parent is None:
             inode.parent, inode.name, inode.cookie = directory, name, cookie
             self.inodes[inode.ino] = inode
@@ -325,22 +335,28 @@ class Namespace:
         new_name: bytes,
         *,
         is_exchange: bool = False,
+        cookies: tuple[int | None, int | None] = (None, None),
     ) -> Inode | None:
-        """Move a name; returns the inode that was replaced, if there was one."""
+        """Move a name; returns the inode that was replaced, if there was one.
+
+        ``cookies`` are new numbers for the new name and, in an exchange, the old one.
+        """
         replaced = None
         if new_name in self.children(new_directory):
             replaced = self.drop(new_directory, new_name)
         moved = self.drop(old_directory, old_name)
-        self.add(new_directory, new_name, moved)
+        self.add(new_directory, new_name, moved, cookies[0])
         if is_exchange:
             assert replaced is not None
-            self.add(old_directory, old_name, replaced)
+            self.add(old_directory, old_name, replaced, cookies[1])
             return None
         return replaced
 
     def forget(self, inode: Inode) -> None:
         """Take an inode without names and lookups out of the table."""
         self.inodes.pop(inode.ino, None)
+        if self.ledger is not None:
+            self.ledger.forgotten(inode.ino)
         if self._nodes is not None and isinstance(inode, Directory):
             self._nodes.name_removed(inode.ino, b"")
 
@@ -352,6 +368,72 @@ class Namespace:
             for child in list(inode.children):
                 gone += self.drop_subtree(inode, child)
         return gone
+
+    # --- taking over ------------------------------------------------------------------------
+
+    def _positions(self, directory: Directory) -> Iterator[tuple[bytes, int, int]]:
+        for name, inode in self.children(directory).items():
+            yield name, inode.ino, inode.find_cookie(directory, name)
+
+    def keep_ledger(self, ledger: Ledger, known: Container[int] = ()) -> None:
+        """Have the ledger know all numbers from now on; it has those of the directories ``known``.
+
+        Nobody must have been told a number that it does not have.
+        """
+        for inode in list(self.inodes.values()):
+            if not isinstance(inode, Directory) or inode.children is None or inode.ino in known:
+                continue
+            ledger.listed(inode.ino, self._positions(inode))
+        self.ledger = ledger
+
+    def snapshot(self) -> Iterator[bytes]:
+        """Yield the ledger's frames of all names."""
+        for inode in self.inodes.values():
+            if isinstance(inode, Directory) and inode.children is not None:
+                yield listed_frame(inode.ino, self._positions(inode))
+
+    def adopt(self, numbers: Numbers) -> None:
+        """Give the inodes and names the numbers that the kernel knows them by, once replayed.
+
+        What the ledger lists has to be what is there, name by name. Numbers that it gives are
+        pinned: how often the kernel looked them up is not known. Raises DiffError, OSError.
+        """
+        inodes: dict[int, Inode] = {}
+        given: dict[int, int] = {}
+        todo = [self.root]
+        while todo:
+            directory = todo.pop()
+            inodes[directory.ino] = directory
+            saved = numbers.names.get(directory.ino)
+            if saved is not None:
+                self._renumber(directory, saved, given)
+            for inode in (directory.children or {}).values():
+                if inodes.setdefault(inode.ino, inode) is not inode:
+                    raise DiffError(f"inode {inode.ino} of the ledger is two files")
+                if isinstance(inode, Directory):
+                    todo.append(inode)
+        self.inodes = inodes
+
+    def _renumber(
+        self, directory: Directory, saved: dict[bytes, tuple[int, int]], given: dict[int, int]
+    ) -> None:
+        present = self.children(directory)
+        if present.keys() != saved.keys():
+            differing = sorted(present.keys() ^ saved.keys())
+            raise DiffError(
+                f"directory {os.fsdecode(self.path_of(directory) or b'')!r} of the mount does not "
+                f"hold what the ledger says: {len(differing)} names differ, {differing[0]!r} first"
+            )
+        ordered = sorted(saved.items(), key=lambda item: item[1][1])
+        directory.children = {}
+        for name, (number, cookie) in ordered:
+            inode = present[name]
+            if given.setdefault(id(inode), number) != number:
+                raise DiffError(f"inode {number} of the ledger is another file")
+            inode.ino = number
+            inode.nlookup = PINNED
+            inode.move_cookie(directory, name, cookie)
+            directory.children[name] = inode
 
     # --- reading directories ----------------------------------------------------------------
 

@@ -76,6 +76,9 @@ class Restack:
             for file, pieces in moved:
                 file.pieces = pieces
             self._contents.prepare_restack(file for file, _ in moved)
+            for file, _ in moved:
+                if file.parent is None:
+                    self._contents.note_orphan(file)
             try:
                 write_switch(superblock, stack.diff.path, label="fold:superblock")
             except BrokenSealError:

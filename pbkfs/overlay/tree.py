@@ -15,22 +15,24 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from pbkfs import _native
 from pbkfs.backup.base import Base
 from pbkfs.overlay import journal as records
+from pbkfs.overlay import ledger as ledgers
 from pbkfs.overlay.attributes import Attributes, Change, check_owner, new_owner, touch
 from pbkfs.overlay.contents import Contents
 from pbkfs.overlay.detachment import Detachment
 from pbkfs.overlay.diff import Diff, check_layers
 from pbkfs.overlay.folding import Origins
 from pbkfs.overlay.hydration import Hydration
-from pbkfs.overlay.inode import Attr, Directory, File, Inode, SymbolicLink
+from pbkfs.overlay.inode import PINNED, Attr, Directory, File, Inode, SymbolicLink
 from pbkfs.overlay.journal import TARGET_MAX
 from pbkfs.overlay.layer import Layer
+from pbkfs.overlay.ledger import Add, Drop, Ledger, Numbers, orphan_frame
 from pbkfs.overlay.namespace import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
@@ -40,9 +42,13 @@ from pbkfs.overlay.namespace import (
 )
 from pbkfs.overlay.replay import Replay, apply_wal_out, find_named, is_wal_out
 from pbkfs.overlay.restacking import Restack
+from pbkfs.overlay.revival import revive
 from pbkfs.overlay.sealing import BrokenSealError, Child, Seal, Sealed
 from pbkfs.overlay.stack import Stack
 from pbkfs.overlay.superblock import LayerRef
+
+# Of what the dispatcher calls a request (pbk_token_of).
+_TOKEN_NUMBER, _TOKEN_IS_RESENT = 0x7FFFFFFF, 0x80000000
 
 __all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "Attr", "Tree"]
 
@@ -62,21 +68,28 @@ class Tree:
         log_fd: int,
         index_bytes: int = 64 << 20,
         verifies_pages: bool = False,
+        numbers: Numbers | None = None,
     ) -> None:
         """Replay the journals of ``sealed`` (newest first) and of ``diff``, and recover ``diff``.
 
         ``owner`` (uid, gid) owns what comes from the base. ``log_fd`` takes the native half's log
-        lines. ``verifies_pages``: look at pages of the base when they are first read. The tree
+        lines. ``verifies_pages``: look at pages of the base when they are first read. ``numbers``:
+        what the kernel knows of a mount that is taken over, decided. The tree
         owns diff and layers from now on, also if this raises: DiffError if they do not fit each
         other or are damaged, HostError.
         """
         self._stack = Stack(base, diff, sealed)
-        self._namespace = Namespace(base, owner, time.time_ns())
+        last = Tree.ROOT if numbers is None else numbers.last
+        self._namespace = Namespace(base, owner, time.time_ns(), last)
         self._attributes = Attributes(self._stack, self._namespace)
         self._is_closed = False
         try:
             check_layers(diff, sealed)
             created = self._replay()
+            doomed: dict[tuple[Layer, int], int] = {}
+            if numbers is not None:
+                self._namespace.adopt(numbers)
+                doomed = revive(self._stack, self._namespace, numbers)
             named = find_named(self._stack, self._namespace, created)
             for layer, found in zip(self._stack.layers[:-1], named[:-1], strict=True):
                 layer.check_objects(found)
@@ -90,6 +103,9 @@ class Tree:
                 verifies_pages=verifies_pages,
             )
             self._contents.finish_truncations(named[-1])
+            for (layer, object_id), ino in doomed.items():
+                self._contents.doom_object(layer, object_id, ino)
+            self._done = {} if numbers is None else numbers.done
             self.hydration = Hydration(self._stack, self._namespace, self._contents)
         except BaseException:
             for layer in self._stack.layers:
@@ -104,6 +120,47 @@ class Tree:
             replay.run(layer, layer.names)
             created = replay.created
         return created
+
+    # --- for whoever takes over -------------------------------------------------------------
+
+    def keep_ledger(self, ledger: Ledger, known: Container[int] = ()) -> None:
+        """Write down in ``ledger`` what a process needs that takes over from this one.
+
+        Before anybody is told a number; ``known`` are directories whose numbers it has already.
+        """
+        self._namespace.keep_ledger(ledger, known)
+        ledger.on_rewrite(self._snapshot)
+
+    def _snapshot(self) -> Iterator[bytes]:
+        yield from self._namespace.snapshot()
+        for inode in self._namespace.inodes.values():
+            if inode.parent is None:
+                yield orphan_frame(inode.ino, self._contents.describe(inode))
+
+    def was_done(self, token: int) -> int | None:
+        """Begin to carry out the kernel's request ``token`` (see ``Dispatcher``), or 0 for our own.
+
+        Returns None, or, if it is sent again and the worker that had it had done it already, the
+        inode that it made (0 if none): then the answer is all that is missing.
+        """
+        number = token & _TOKEN_NUMBER
+        if self._namespace.ledger is not None:
+            self._namespace.ledger.token = number
+        return self._done.get(number) if token & _TOKEN_IS_RESENT else None
+
+    def find_uncertain(self) -> list[int]:
+        """Return the inodes without a name that perhaps nobody uses: the kernel has to be asked."""
+        return [
+            inode.ino
+            for inode in self._namespace.inodes.values()
+            if inode.parent is None and inode.nlookup > PINNED // 2
+        ]
+
+    def abandon(self, ino: int) -> None:
+        """Take note that the kernel does not know an inode without names: never again."""
+        inode = self._namespace.inodes.get(ino)
+        if inode is not None and inode.parent is None:
+            self.forget(ino, inode.nlookup)
 
     @property
     def nodes(self) -> _native.Nodes:
@@ -213,6 +270,8 @@ class Tree:
                 mtime_ns = time.time_ns()
         permissions = None if mode is None else stat.S_IMODE(mode)
         self._attributes.change(inode, Change(permissions, uid, gid, atime_ns, mtime_ns))
+        if inode.parent is None:
+            self._contents.note_orphan(inode)
         return self.getattr(ino)
 
     def readlink(self, ino: int) -> bytes:
@@ -227,8 +286,13 @@ class Tree:
         mode = stat.S_IMODE(mode)
         file = File(self._namespace.new_number(), mode, uid, gid, time.time_ns(), 0)
         path = self._namespace.path_in(directory, name)
-        self._contents.create(file, mode, uid, gid, path)
-        return self._added(directory, name, file)
+        cookie = self._namespace.new_number()
+
+        def append(record: records.Create) -> None:
+            self._append(record, "create", lambda: [Add(parent, name, file.ino, cookie)])
+
+        self._contents.create(file, mode, uid, gid, path, append)
+        return self._added(directory, name, file, cookie)
 
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attr:
         """Make a directory; counts a lookup."""
@@ -236,10 +300,9 @@ class Tree:
         # Source: inode_init_owner in Linux' fs/inode.c: a directory inherits the bit too.
         mode = stat.S_IMODE(mode) | directory.mode & stat.S_ISGID
         now = time.time_ns()
-        path = self._namespace.path_in(directory, name)
-        self._append(records.Mkdir(mode, uid, gid, now, path), "mkdir")
         made = Directory(self._namespace.new_number(), mode, uid, gid, now)
-        return self._added(directory, name, made)
+        path = self._namespace.path_in(directory, name)
+        return self._add(directory, name, made, records.Mkdir(mode, uid, gid, now, path), "mkdir")
 
     def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Attr:
         """Make a symbolic link; counts a lookup."""
@@ -249,10 +312,10 @@ class Tree:
         if len(target) > TARGET_MAX:
             raise fail(errno.ENAMETOOLONG)
         now = time.time_ns()
-        path = self._namespace.path_in(directory, name)
-        self._append(records.Symlink(uid, gid, now, path, target), "symlink")
         link = SymbolicLink(self._namespace.new_number(), uid, gid, now, target)
-        return self._added(directory, name, link)
+        path = self._namespace.path_in(directory, name)
+        record = records.Symlink(uid, gid, now, path, target)
+        return self._add(directory, name, link, record, "symlink")
 
     def link(self, ino: int, new_parent: int, new_name: bytes) -> Attr:
         """Give a file one more name; counts a lookup."""
@@ -268,9 +331,9 @@ class Tree:
             # Names of one file meet in its object, whoever reads the diff without this tree.
             self._contents.copy_up(inode)
         path = self._namespace.path_in(directory, new_name)
-        self._append(records.Link(existing, path), "link")
-        inode.ctime_ns = time.time_ns()
-        return self._added(directory, new_name, inode)
+        attr = self._add(directory, new_name, inode, records.Link(existing, path), "link")
+        attr.ctime_ns = inode.ctime_ns = max(attr.ctime_ns, time.time_ns())
+        return attr
 
     def _prepare_new(
         self, parent: int, name: bytes, uid: int, gid: int
@@ -282,8 +345,15 @@ class Tree:
             gid = directory.gid
         return directory, *new_owner(uid, gid)
 
-    def _added(self, directory: Directory, name: bytes, inode: Inode) -> Attr:
-        self._namespace.add(directory, name, inode)
+    def _add(
+        self, directory: Directory, name: bytes, inode: Inode, record: records.Record, label: str
+    ) -> Attr:
+        cookie = self._namespace.new_number()
+        self._append(record, label, lambda: [Add(directory.ino, name, inode.ino, cookie)])
+        return self._added(directory, name, inode, cookie)
+
+    def _added(self, directory: Directory, name: bytes, inode: Inode, cookie: int) -> Attr:
+        self._namespace.add(directory, name, inode, cookie)
         touch(directory)
         self._announce(directory)
         self._contents.note_names(inode)
@@ -305,7 +375,8 @@ class Tree:
         self._remove(directory, name)
 
     def _remove(self, directory: Directory, name: bytes) -> None:
-        self._append(records.Remove(self._namespace.path_in(directory, name)), "remove")
+        record = records.Remove(self._namespace.path_in(directory, name))
+        self._append(record, "remove", lambda: [self._dropped(directory, name)])
         inode = self._namespace.drop(directory, name)
         touch(directory)
         self._announce(directory)
@@ -328,14 +399,29 @@ class Tree:
             names.path_in(old_directory, old_name),
             names.path_in(new_directory, new_name),
         )
-        self._append(record, "rename")
         moved = names.child(old_directory, old_name)
+        is_exchange = bool(flags & RENAME_EXCHANGE)
+        cookies = (names.new_number(), names.new_number())
+
+        def changes() -> list[ledgers.Change]:
+            found: list[ledgers.Change] = []
+            replaced = names.children(new_directory).get(new_name)
+            if replaced is not None:
+                found.append(self._dropped(new_directory, new_name, is_kept=is_exchange))
+            found.append(Drop(old_parent, old_name, None))
+            found.append(Add(new_parent, new_name, moved.ino, cookies[0]))
+            if is_exchange and replaced is not None:
+                found.append(Add(old_parent, old_name, replaced.ino, cookies[1]))
+            return found
+
+        self._append(record, "rename", changes)
         replaced = names.rename(
             old_directory,
             old_name,
             new_directory,
             new_name,
-            is_exchange=bool(flags & RENAME_EXCHANGE),
+            is_exchange=is_exchange,
+            cookies=cookies,
         )
         for directory in (old_directory, new_directory):
             touch(directory)
@@ -345,6 +431,12 @@ class Tree:
             self.nodes.directory_changes(moved.ino)
         if replaced is not None:
             self._name_lost(replaced)
+
+    def _dropped(self, directory: Directory, name: bytes, *, is_kept: bool = False) -> Drop:
+        """Return what the ledger is told of a name that goes; ``is_kept``: it gets another one."""
+        inode = self._namespace.child(directory, name)
+        is_last = inode.n_names == 1 and not is_kept
+        return Drop(directory.ino, name, self._contents.describe(inode) if is_last else None)
 
     def _name_lost(self, inode: Inode) -> None:
         inode.ctime_ns = time.time_ns()
@@ -389,8 +481,21 @@ class Tree:
 
     # --- durability and the whole -----------------------------------------------------------
 
-    def _append(self, record: records.Record, label: str) -> None:
-        self._stack.live.append(record.encode(), label=label)
+    def _append(
+        self, record: records.Record, label: str, changes: Callable[[], Sequence[ledgers.Change]]
+    ) -> None:
+        """Append a record of names; what it changes is in the ledger before."""
+        live, ledger = self._stack.live, self._namespace.ledger
+        payload = record.encode()
+        if ledger is None:
+            live.append(payload, label=label)
+            return
+        ledger.intend(live.uuid, live.journal.end, payload, changes())
+        try:
+            live.append(payload, label=label)
+        except BaseException:
+            ledger.cancel()
+            raise
 
     def sync(self) -> None:
         """Return when all names and attributes up to now are durable. Any thread may call."""
@@ -429,7 +534,9 @@ class Tree:
         """Make the root's pg_wal a link to the diff's plain directory, whatever it was before."""
         if is_wal_out(self._namespace):
             return
-        self._append(records.WalOut(), "wal_out")
+        # The server must not run yet, and nobody has been told a number.
+        assert self._namespace.ledger is None
+        self._stack.live.append(records.WalOut().encode(), label="wal_out")
         for inode in apply_wal_out(self._namespace):
             self._name_lost(inode)
         touch(self._namespace.root)

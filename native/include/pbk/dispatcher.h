@@ -28,6 +28,10 @@ struct pbk_dispatcher_options {
     unsigned n_fsync;   /* 0: 4 */
     int log_fd;         /* one text line per failure, never waits; -1: none. Borrowed. */
     int hold_s;         /* for how long a written-back page waits for space; -1: for ever, 0: not at all */
+
+    /* To take over a connection from a dead process: the argument of INIT that the kernel sent to it; else 0 bytes. */
+    const void *init;
+    size_t init_length;
 };
 
 /* Makes the socketpair and the event descriptors, no thread. nodes and fuse_fd are borrowed and must outlive the
@@ -57,6 +61,19 @@ int pbk_dispatcher_event_fd(const struct pbk_dispatcher *);
  * 0, -ENOMEM, -ENAMETOOLONG, or -ENOTCONN when not running. Any thread. */
 int pbk_dispatcher_invalidate(struct pbk_dispatcher *, uint64_t ino, int64_t offset, int64_t length);
 int pbk_dispatcher_invalidate_entry(struct pbk_dispatcher *, uint64_t parent, const void *name, size_t length);
+
+/* What the kernel said at INIT: copies up to room bytes and returns how many there are; 0 before it has said it. Any thread. */
+size_t pbk_dispatcher_init_request(struct pbk_dispatcher *, void *to, size_t room);
+
+/*
+ * Python knows a request by its token, which takes the place of the caller's process in the header: pyfuse3 passes on nothing
+ * else that could hold it. Bit 31 says that the kernel sends the request again, because whoever had it died; the others are
+ * the request's number then and now. The process of a request that waits for Python, or 0. Any thread.
+ */
+uint32_t pbk_dispatcher_caller(struct pbk_dispatcher *, uint32_t token);
+
+/* Whether the kernel knows an inode: 1, 0 or -errno. May wait for its pages to be written: not on the thread that serves names. */
+int pbk_dispatcher_is_known(struct pbk_dispatcher *, uint64_t ino);
 
 /* Calls visit once a counter with a name that lives as long as the call. Any thread. */
 void pbk_dispatcher_counters(struct pbk_dispatcher *, void (*visit)(void *arg, const char *name, uint64_t value),

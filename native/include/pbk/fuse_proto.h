@@ -25,6 +25,11 @@
 #define FUSE_HAS_RESEND (1ULL << 39)
 #endif
 
+/* The same version: the notification that asks for it, and what the kernel then sets in the number of such a request. An answer
+ * has to name it with that bit. */
+#define PBK_FUSE_NOTIFY_RESEND 7
+#define PBK_FUSE_UNIQUE_RESEND (1ULL << 63)
+
 /* The longest read or write we agree to, and the pages that makes. */
 #define PBK_FUSE_MAX_IO (1u << 20)
 #define PBK_FUSE_MAX_PAGES (PBK_FUSE_MAX_IO / 4096u)

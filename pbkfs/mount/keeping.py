@@ -1,0 +1,121 @@
+"""The worker's side of its keeper: whether there is one, how a process becomes one, what is said.
+
+``become_keeper`` belongs to the process that is about to be the worker, in ``launch``; a ``Link``
+to the worker's main thread. ``keeper`` is the other side, and says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pbkfs import config
+from pbkfs.errors import HostError
+
+# What a worker ends with that can't take over: the keeper's word, see there.
+EXIT_REFUSED = 3
+
+# Source: linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
+# The kernel that can be asked to send again what a dead worker had taken (FUSE_NOTIFY_RESEND).
+_FIRST_KERNEL = (6, 9)
+_MAX_MESSAGE = 65536
+_MAX_FDS = 16
+
+# Not run as a file of this package: its directory would be searched before the library.
+_SCRIPT = "import sys; sys.path[:] = {path!r}; from pbkfs.mount.takeover import main; main()"
+
+
+def is_possible() -> bool:
+    """Return whether a mount can outlive its worker here."""
+    if os.environ.get(config.TAKEOVER_VARIABLE) == "off":
+        return False
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return found is not None and (int(found[1]), int(found[2])) >= _FIRST_KERNEL
+
+
+def command() -> list[str]:
+    """Return how a worker of this very program is started to take over."""
+    path = [entry for entry in sys.path if entry]
+    root = str(Path(__file__).parents[2])
+    if root not in path:
+        path.insert(0, root)
+    return [sys.executable, "-c", _SCRIPT.format(path=path)]
+
+
+class Link:
+    """The worker's end of the socket to its keeper, the process ``pid``."""
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self.pid = pid
+        self._sock = sock
+
+    def send(self, event: str, fds: Mapping[str, int] | None = None, **fields: object) -> None:
+        """Tell the keeper something. Raises OSError."""
+        names = list(fds or ())
+        message = json.dumps({"event": event, "fds": names, **fields}).encode()
+        if fds:
+            socket.send_fds(self._sock, [message], [fds[name] for name in names])
+        else:
+            self._sock.send(message)
+
+    def receive(self) -> tuple[dict[str, Any], dict[str, int]]:
+        """Wait for the keeper's word; returns it with its descriptors by name. Raises HostError."""
+        data, fds, _, _ = socket.recv_fds(self._sock, _MAX_MESSAGE, _MAX_FDS)
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        if not data:
+            raise HostError("the keeper of the mount is gone")
+        message: dict[str, Any] = json.loads(data)
+        return message, dict(zip(message["fds"], fds, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a worker gets from the keeper to take over."""
+
+    link: Link
+    fds: Mapping[str, int]
+    why: str
+    n_takeovers: int
+
+
+def become_keeper() -> Link:
+    """Split in two: this process becomes the keeper; its child, the worker, gets the link."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    keeper = os.getpid()
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        end_with(keeper)
+        return Link(theirs, keeper)
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        if null > 2:
+            os.close(null)
+        os.set_inheritable(ours.fileno(), True)
+        script = str(Path(__file__).with_name("keeper.py"))
+        arguments = [sys.executable, "-I", "-S", script, str(ours.fileno()), str(child)]
+        os.execv(sys.executable, arguments)
+    finally:
+        # It can't be a keeper; so it only sees the worker die, which ends the mount.
+        _, status = os.waitpid(child, 0)
+        os._exit(max(os.waitstatus_to_exitcode(status), 0))
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when ``parent`` dies: a mount has one owner."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
