@@ -28,9 +28,8 @@ from pbkfs.mount.lock import DiffLock
 from pbkfs.mount.opening import OpenMount
 from pbkfs.mount.request import LogOptions, MountPlace, MountRequest
 from pbkfs.overlay.diff import Diff, open_layers
-from pbkfs.overlay.journal import find_frames
-from pbkfs.overlay.layer import JOURNAL
-from pbkfs.overlay.ledger import Intent, Ledger, Numbers, read_ledger
+from pbkfs.overlay.ledger import Ledger, Numbers, read_ledger
+from pbkfs.overlay.revival import decide
 from pbkfs.overlay.tree import Tree
 
 _SOCKET_FD = 3
@@ -115,12 +114,7 @@ def open_taken(numbers: Numbers, fds: Mapping[str, int]) -> tuple[OpenMount, Led
     durable.fsync_dir(diff_path, label="takeover:diff")
     diff = Diff.open(diff_path, base)
     ledger = Ledger.resume(fds["ledger"], numbers)
-    if numbers.undecided is not None:
-        is_done = _was_appended(diff, numbers.undecided)
-        ledger.decided(is_done=is_done)
-        if is_done:
-            numbers.apply(numbers.undecided)
-        numbers.undecided = None
+    decide(ledger, numbers, diff.live)
     sealed = open_layers(diff)
     log_pipe, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -187,13 +181,3 @@ def _check_file_system(objects_fd: int) -> None:
     if libc.syncfs(objects_fd) != 0:
         reason = os.strerror(ctypes.get_errno()).lower()
         raise RefusedError(f"what was written to the diff may not be there: {reason}")
-
-
-def _was_appended(diff: Diff, intent: Intent) -> bool:
-    """Return whether the record of the last intent is in the journal."""
-    live = diff.live
-    if live.uuid != intent.layer:
-        return True  # a seal came after it
-    with open(live.path / JOURNAL, "rb") as file:
-        file.seek(intent.end)
-        return intent.payload in find_frames(file.read())

@@ -1,8 +1,9 @@
-"""Inodes without names that are in use, across a takeover.
+"""What a ledger and the disk say together, at a takeover.
 
-The disk knows nothing of them but an object that the next mount would remove. ``describe`` says
-what one consists of, for the ledger; ``revive`` makes it again in the tree of another process.
-Called by ``contents`` and ``tree`` on the thread that owns the tree.
+``decide`` asks the journal about the last change of names. Inodes without names that are in use are
+known to the disk only by an object that the next mount would remove: ``describe`` says what one
+consists of, for the ledger; ``revive`` makes it again in the tree of another process. Called by
+``contents``, ``tree`` and ``mount`` on the thread that owns the tree.
 """
 
 from __future__ import annotations
@@ -13,10 +14,30 @@ import uuid
 
 from pbkfs.errors import DiffError
 from pbkfs.overlay.inode import NOT_LOADED, PINNED, Directory, File, Inode, Piece, SymbolicLink
-from pbkfs.overlay.layer import Layer
-from pbkfs.overlay.ledger import Numbers, Orphan
+from pbkfs.overlay.journal import find_frames
+from pbkfs.overlay.layer import JOURNAL, Layer
+from pbkfs.overlay.ledger import Ledger, Numbers, Orphan
 from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.stack import Stack
+
+
+def decide(ledger: Ledger, numbers: Numbers, live: Layer) -> None:
+    """Find out whether the last intent was carried out, and write it down before all else.
+
+    ``live`` is open, not started: its journal is as the dead worker left it. Raises OSError.
+    """
+    intent = numbers.undecided
+    if intent is None:
+        return
+    is_done = live.uuid != intent.layer  # then a seal came after it
+    if not is_done:
+        with open(live.path / JOURNAL, "rb") as file:
+            file.seek(intent.end)
+            is_done = intent.payload in find_frames(file.read())
+    ledger.decided(is_done=is_done)
+    if is_done:
+        numbers.apply(intent)
+    numbers.undecided = None
 
 
 def describe(stack: Stack, inode: Inode, doomed: list[list[str | int]]) -> Orphan:
