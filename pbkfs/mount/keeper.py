@@ -158,6 +158,8 @@ class Keeper:
     def bury(self) -> int | None:
         """Reap the worker and have another one take over; returns an exit code where that ends."""
         dead = self.worker
+        while not dead.is_silent and select.select([dead.sock], [], [], 0)[0]:
+            self.receive(dead)  # its last words
         code = dead.reap()
         if code == _EXIT_DONE or "fuse" not in self.fds:
             return code if code >= 0 else 1

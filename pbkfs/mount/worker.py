@@ -489,7 +489,8 @@ class Worker:
         while True:
             await trio.sleep(_SYNC_EVERY_S)
             try:
-                await self._forget_unknown(session)
+                if self.taken is not None:
+                    await self._forget_unknown(session)
                 if self.ledger is not None:
                     self.ledger.tidy()
                 tree.reap()

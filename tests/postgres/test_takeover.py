@@ -1,0 +1,242 @@
+"""The worker dies, or is replaced, and nobody on the mount notices but for a pause."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from fix_mounts import Mount, Mounts, run_pbkfs
+from fix_postgres import Programs
+from ledger import Ledger
+from servers import MountedServer
+
+from pbkfs.mount import keeping
+
+ROUNDS = int(os.environ.get("PBKFS_TAKEOVER_ROUNDS", "6"))
+
+_TROUBLE = re.compile(r"PANIC|FATAL|ERROR|could not|terminated by signal|invalid page")
+
+
+@pytest.fixture(autouse=True)
+def _takeovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PBKFS_TAKEOVER", "auto")
+    if not keeping.is_possible():
+        pytest.skip("takeovers need Linux 6.9")
+
+
+def worker_of(mount: Mount) -> int:
+    """The process that serves the mount now; waits while there is none."""
+    done = run_pbkfs("stat", "-D", mount.pgdata, "--format", "json")
+    return int(json.loads(done.stdout)["pid"])
+
+
+def kill_worker(mount: Mount) -> None:
+    """SIGKILL the process that serves the mount, and wait until another one does."""
+    pid = worker_of(mount)
+    worker = psutil.Process(pid)
+    worker.send_signal(signal.SIGKILL)
+    psutil.wait_procs([worker], timeout=30)
+    assert worker_of(mount) != pid
+
+
+def trouble_in(server_log: Path) -> list[str]:
+    lines = server_log.read_text(errors="replace").splitlines()
+    return [line for line in lines if _TROUBLE.search(line)]
+
+
+@contextmanager
+def loaded_server(mounts: Mounts, base: Path, programs: Programs) -> Iterator[MountedServer]:
+    """A server under TPC-B and with an external ledger, none of which may see an error."""
+    mount = mounts.mount("--base", base)
+    server = MountedServer(mount, programs.bindir)
+    server.start("-c", "shared_buffers=16MB", "-c", "checkpoint_timeout=30s")
+    ledger = Ledger()
+    ledger.create(server.uri)
+    ledger.begin(server.uri)
+    load = server.begin("pgbench", "-n", "-c", "4", "-T", "600")
+    try:
+        ledger.wait_for(20)
+        yield server
+        ledger.wait_for(20)
+        assert load.poll() is None, "pgbench ended by itself"
+    finally:
+        ledger.end()
+        load.send_signal(signal.SIGINT)
+        load.wait(60)
+    assert ledger.ended_by is None
+    assert not trouble_in(mount.server_log)
+    ledger.check(server.uri)
+    server.check_cluster()
+    accounts, tellers, history = (
+        server.sql(f"select coalesce(sum({column}), 0) from pgbench_{table}")
+        for table, column in (
+            ("accounts", "abalance"), ("tellers", "tbalance"), ("history", "delta")
+        )
+    )  # fmt: skip
+    assert accounts == tellers == history
+    server.stop()
+    mount.unmount()
+    done = run_pbkfs("check", "-d", mount.diff)
+    assert done.returncode == 0
+
+
+def test_killed_workers_cost_no_error(
+    mounts: Mounts, basebackup: Path, newest_programs: Programs
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    with loaded_server(mounts, basebackup, newest_programs) as server:
+        ledger = Ledger()
+        ledger.create(server.uri)
+        for round_ in range(ROUNDS):
+            if round_ % 3 == 0:
+                server.sql("checkpoint")
+            server.sql(
+                "drop table if exists comes",
+                "create table comes as select g, md5(g::text) from generate_series(1, 5000) g",
+                "create index on comes (md5)",
+                "vacuum full comes",
+            )
+            for _ in range(moments.randrange(4)):
+                server.sql("select count(*) from pgbench_accounts")
+            kill_worker(server.mount)
+
+
+def test_upgrade_costs_no_error(
+    mounts: Mounts, basebackup: Path, newest_programs: Programs
+) -> None:
+    with loaded_server(mounts, basebackup, newest_programs) as server:
+        before = worker_of(server.mount)
+        said = run_pbkfs("upgrade", "-D", server.mount.pgdata).stdout
+        after = worker_of(server.mount)
+        assert f"(pid {after})" in said
+        assert after != before
+
+
+_HOLDER = """
+import os, sys
+os.chdir(sys.argv[1])
+os.makedirs("held", exist_ok=True)
+for name in range(500):
+    open(f"held/file{name:03}", "w").close()
+file = open("held/gone", "w+b")
+file.write(b"a" * 20000)
+os.fsync(file.fileno())
+file.seek(5000)
+file.write(b"b" * 10000)
+os.unlink("held/gone")
+base = open("PG_VERSION", "rb")
+os.unlink("PG_VERSION")
+os.mkdir("left")
+left = os.open("left", os.O_RDONLY)
+os.rmdir("left")
+listing = os.scandir("held")
+names = {next(listing).name for _ in range(40)}
+print("ready", flush=True)
+sys.stdin.readline()
+file.flush()
+file.seek(0)
+assert file.read() == b"a" * 5000 + b"b" * 10000 + b"a" * 5000
+file.write(b"c" * 9000)
+os.fsync(file.fileno())
+file.seek(0)
+assert file.read()[20000:] == b"c" * 9000
+assert os.fstat(file.fileno()).st_nlink == 0
+assert base.read().strip().isdigit()
+assert os.listdir(left) == []
+rest = [entry.name for entry in listing]
+assert len(rest) == len(set(rest)) and not names & set(rest)
+assert len(names) + len(rest) == 500
+os.rename("held/file000", "held/file001")
+assert len(os.listdir("held")) == 499
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_is_open_stays_open(mounts: Mounts, basebackup: Path) -> None:
+    """Files without a name, a directory without one, and a listing that is half read."""
+    mount = mounts.mount("--base", basebackup)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(mount.pgdata)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "ready\n"
+        kill_worker(mount)
+        kill_worker(mount)
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == "done\n"
+        kill_worker(mount)
+        objects = list((mount.diff / "objects").glob("*/*"))
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        assert holder.wait(30) == 0
+    finally:
+        holder.kill()
+        holder.wait(30)
+        holder.stdin.close()
+        holder.stdout.close()
+    assert len(objects) >= 500
+    mount.unmount()
+    done = run_pbkfs("check", "-d", mount.diff, "--format", "json", check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_unmount_ends_worker_and_keeper(mounts: Mounts, basebackup: Path) -> None:
+    mount = mounts.mount("--base", basebackup)
+    kill_worker(mount)
+    worker = psutil.Process(worker_of(mount))
+    keeper = worker.parent()
+    assert keeper is not None
+    assert keeper.pid == json.loads((mount.diff / "lock").read_text())["pid"]
+    mount.unmount()
+    assert not worker.is_running()
+    assert not keeper.is_running()
+    assert (mount.diff / "lock").read_text() == ""
+
+
+def test_dead_keeper_is_a_dead_mount(mounts: Mounts, basebackup: Path) -> None:
+    mount = mounts.mount("--base", basebackup)
+    worker = psutil.Process(worker_of(mount))
+    keeper = worker.parent()
+    assert keeper is not None
+    keeper.kill()
+    _, alive = psutil.wait_procs([keeper, worker], timeout=30)
+    assert not alive
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(mount.pgdata)
+    mount.mount()
+    assert os.listdir(mount.pgdata)
+    mount.unmount()
+
+
+def test_without_takeovers_a_dead_worker_is_a_dead_mount(
+    mounts: Mounts, basebackup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PBKFS_TAKEOVER", "off")
+    mount = mounts.mount("--base", basebackup)
+    worker = psutil.Process(worker_of(mount))
+    worker.kill()
+    psutil.wait_procs([worker], timeout=30)
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(mount.pgdata)
+    done = run_pbkfs("upgrade", "-D", mount.pgdata, check=False)
+    assert done.returncode != 0
+    mount.unmount("--force")

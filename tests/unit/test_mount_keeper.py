@@ -1,0 +1,201 @@
+"""The keeper with workers that do nothing but die: whom it starts, what they get, when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pbkfs.mount import keeping
+
+_SOON_S = 60.0
+
+# A worker that says what it got, serves, and ends as a file tells it to.
+_HEIR = """
+import json, os, socket, sys, time
+sock = socket.socket(fileno=3)
+sock.send(b'{"event": "warm"}')
+data, fds, _, _ = socket.recv_fds(sock, 65536, 16)
+message = json.loads(data)
+said = {"pid": os.getpid(), "fds": dict(zip(message["fds"], fds)), "by": sys.argv[1],
+        "n_takeovers": message["n_takeovers"], "why": message["why"],
+        "fuse": os.pread(dict(zip(message["fds"], fds))["fuse"], 100, 0).decode()}
+with open(sys.argv[2] + ".tmp", "w") as file:
+    json.dump(said, file)
+os.rename(sys.argv[2] + ".tmp", sys.argv[2])
+%s
+sock.send(b'{"event": "serving"}')
+while not os.path.exists(sys.argv[2] + ".end"):
+    time.sleep(0.01)
+os._exit(int(open(sys.argv[2] + ".end").read()))
+"""
+
+
+def heir(place: Path, name: str = "first", *, before: str = "pass") -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", _HEIR % before, name, str(place / "said")]
+
+
+@contextmanager
+def kept(place: Path, command: list[str], worker: Callable[[keeping.Link], None]) -> Iterator[int]:
+    """Run a keeper, whose first worker arms it and then does ``worker``; yields the keeper's pid."""
+    fuse = place / "fuse"
+    fuse.write_text("the connection")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            link = keeping.become_keeper()
+            fd = os.open(fuse, os.O_RDONLY)
+            log = {"path": str(place / "log"), "style": "text"}
+            link.send("armed", {"fuse": fd}, command=command, log=log)
+            worker(link)
+        finally:
+            os._exit(99)
+    try:
+        yield pid
+    finally:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + _SOON_S
+    while not condition():
+        assert time.monotonic() < deadline, f"in vain: {what}"
+        time.sleep(0.01)
+
+
+def hear(place: Path) -> dict[str, object]:
+    """Wait for what the next worker says."""
+    said = place / "said"
+    wait_for(said.exists, "a new worker")
+    found: dict[str, object] = json.loads(said.read_text())
+    said.unlink()
+    return found
+
+
+def end_of(pid: int) -> int:
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def kill_self(_link: keeping.Link) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_workers_are_replaced_until_one_ends_well(tmp_path: Path) -> None:
+    with kept(tmp_path, heir(tmp_path), kill_self) as keeper:
+        said = hear(tmp_path)
+        assert said["fuse"] == "the connection"
+        assert said["n_takeovers"] == 1
+        assert "died of signal 9" in str(said["why"])
+        time.sleep(1.1)  # more than the keeper takes for service
+        os.kill(int(str(said["pid"])), signal.SIGKILL)
+        again = hear(tmp_path)
+        assert again["n_takeovers"] == 2
+        assert again["pid"] != said["pid"]
+        (tmp_path / "said.end").write_text("0")
+        assert end_of(keeper) == 0
+
+
+def test_death_before_arming_is_no_matter(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        keeping.become_keeper()
+        os._exit(7)
+    assert end_of(pid) == 7
+
+
+def test_keeper_ends_with_a_worker_that_refuses(tmp_path: Path) -> None:
+    command = heir(tmp_path, before="os._exit(3)")
+    with kept(tmp_path, command, kill_self) as keeper:
+        assert end_of(keeper) == 3
+    assert "nobody can take over" in (tmp_path / "log").read_text()
+
+
+def test_keeper_gives_up_where_all_die_at_once(tmp_path: Path) -> None:
+    command = heir(tmp_path, before="os._exit(1)")
+    with kept(tmp_path, command, kill_self) as keeper:
+        assert end_of(keeper) == 1
+    assert "as did 4 before it" in (tmp_path / "log").read_text()
+
+
+def test_replacement_takes_over_when_it_is_ready(tmp_path: Path) -> None:
+    def replace(link: keeping.Link) -> None:
+        link.send("replace", command=heir(tmp_path, "second"))
+        time.sleep(_SOON_S)
+
+    with kept(tmp_path, heir(tmp_path), replace) as keeper:
+        said = hear(tmp_path)
+        assert said["by"] == "second"
+        assert "was replaced" in str(said["why"])
+        (tmp_path / "said.end").write_text("0")
+        assert end_of(keeper) == 0
+
+
+def test_worker_stays_where_its_replacement_dies(tmp_path: Path) -> None:
+    def replace(link: keeping.Link) -> None:
+        link.send("replace", command=[sys.executable, "-c", "raise SystemExit(1)"])
+        wait_for((tmp_path / "log").exists, "the keeper's word")
+        os._exit(0)
+
+    with kept(tmp_path, heir(tmp_path), replace) as keeper:
+        assert end_of(keeper) == 0
+    assert "was to replace it, but it died" in (tmp_path / "log").read_text()
+
+
+def test_keeper_goes_back_to_the_program_before(tmp_path: Path) -> None:
+    def replace(link: keeping.Link) -> None:
+        link.send("replace", command=heir(tmp_path, "second", before="os._exit(1)"))
+        time.sleep(_SOON_S)
+
+    with kept(tmp_path, heir(tmp_path), replace) as keeper:
+        wait_for(
+            lambda: (tmp_path / "log").exists() and "going back" in (tmp_path / "log").read_text(),
+            "the program before",
+        )
+        (tmp_path / "said").unlink(missing_ok=True)
+        assert hear(tmp_path)["by"] == "first"
+        (tmp_path / "said.end").write_text("0")
+        assert end_of(keeper) == 0
+
+
+def test_signal_is_passed_on(tmp_path: Path) -> None:
+    def await_signal(_link: keeping.Link) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        (tmp_path / "armed").touch()
+        time.sleep(_SOON_S)
+
+    with kept(tmp_path, heir(tmp_path), await_signal) as keeper:
+        wait_for((tmp_path / "armed").exists, "the worker")
+        os.kill(keeper, signal.SIGTERM)
+        assert end_of(keeper) == 0
+
+
+def test_worker_dies_with_its_keeper(tmp_path: Path) -> None:
+    with kept(tmp_path, heir(tmp_path), kill_self) as keeper:
+        said = hear(tmp_path)
+        os.kill(keeper, signal.SIGKILL)
+        assert end_of(keeper) == -signal.SIGKILL
+        # This one does not ask for the signal; a real one does, see ``keeping.end_with``.
+        os.kill(int(str(said["pid"])), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("release", "answer"), [("6.8.12", False), ("6.9.0-1", True), ("7.0", True)]
+)
+def test_old_kernels_have_no_keeper(
+    monkeypatch: pytest.MonkeyPatch, release: str, answer: bool
+) -> None:
+    monkeypatch.delenv("PBKFS_TAKEOVER", raising=False)
+    monkeypatch.setattr(os, "uname", lambda: type("Name", (), {"release": release})())
+    assert keeping.is_possible() is answer
