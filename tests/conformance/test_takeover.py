@@ -6,6 +6,7 @@ open, sends again what was not answered, and must never see that somebody died.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -268,6 +269,11 @@ class _Kernel:
             assert self.ask("stat", ino)[2] == len(content)
 
 
+_REFUSALS = (errno.ENOTEMPTY, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENOENT)
+_OPERATIONS = (
+    "create mkdir symlink link remove rename rename exchange write write truncate forget seal "
+    "rewrite reap"
+).split()
 _NAMES = [b"a", b"b", b"c", b"16384", b"PG_VERSION", b"global", b"base", b"big"]
 
 
@@ -281,15 +287,10 @@ def _change(kernel: _Kernel, step: int) -> None:
     files = list(kernel.contents)
     kernel_names = kernel.names.setdefault(parent, {})
     if name not in kernel_names:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             kernel.learn(parent, name, kernel.ask("lookup", parent, name))
-        except FileNotFoundError:
-            pass
     present = kernel_names.get(name)
-    op = pick.choice(
-        ("create", "mkdir", "symlink", "link", "remove", "rename", "rename", "exchange", "write")
-        + ("write", "truncate", "forget", "seal", "rewrite", "reap", "unlink_open")
-    )
+    op = pick.choice(_OPERATIONS)
     if op in ("create", "mkdir", "symlink"):
         kind = {"create": "file", "mkdir": "dir", "symlink": "link"}[op]
         try:
@@ -298,16 +299,15 @@ def _change(kernel: _Kernel, step: int) -> None:
             assert present is not None
     elif op == "link" and present is not None and kernel.kinds[present] == "file":
         other, new_name = pick.choice(directories), pick.choice(_NAMES)
-        try:
+        with contextlib.suppress(FileExistsError):
             kernel.learn(other, new_name, kernel.ask("link", present, other, new_name, die=die))
-        except FileExistsError:
-            pass
-    elif op in ("remove", "unlink_open") and present is not None:
+    elif op == "remove" and present is not None:
         is_directory = kernel.kinds[present] == "dir"
         try:
             kernel.ask("rmdir" if is_directory else "unlink", parent, name, die=die)
         except OSError as error:
-            assert error.errno == errno.ENOTEMPTY
+            if error.errno not in _REFUSALS:
+                raise
             return
         del kernel_names[name]
         kernel.cookies.get(parent, {}).pop(name, None)
@@ -315,20 +315,13 @@ def _change(kernel: _Kernel, step: int) -> None:
         other, new_name = pick.choice(directories), pick.choice(_NAMES)
         flags = RENAME_EXCHANGE if op == "exchange" else 0
         if new_name not in kernel.names.setdefault(other, {}):
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 kernel.learn(other, new_name, kernel.ask("lookup", other, new_name))
-            except FileNotFoundError:
-                pass
         try:
             kernel.ask("rename", parent, name, other, new_name, flags, die=die)
         except OSError as error:
-            assert error.errno in (
-                errno.ENOTEMPTY,
-                errno.EINVAL,
-                errno.EISDIR,
-                errno.ENOTDIR,
-                errno.ENOENT,
-            )
+            if error.errno not in _REFUSALS:
+                raise
             return
         there = kernel.names[other].get(new_name)
         if there == present:

@@ -44,7 +44,7 @@ def heir(place: Path, name: str = "first", *, before: str = "pass") -> list[str]
 
 @contextmanager
 def kept(place: Path, command: list[str], worker: Callable[[keeping.Link], None]) -> Iterator[int]:
-    """Run a keeper, whose first worker arms it and then does ``worker``; yields the keeper's pid."""
+    """Run a keeper, whose first worker arms it and then does ``worker``; yields its pid."""
     fuse = place / "fuse"
     fuse.write_text("the connection")
     pid = os.fork()
@@ -107,7 +107,7 @@ def test_killed_workers_are_replaced_until_one_ends_well(tmp_path: Path) -> None
         assert end_of(keeper) == 0
 
 
-def test_death_before_arming_is_no_matter(tmp_path: Path) -> None:
+def test_death_before_arming_is_no_matter() -> None:
     pid = os.fork()
     if pid == 0:
         keeping.become_keeper()
