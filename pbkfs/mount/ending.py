@@ -28,6 +28,8 @@ from pbkfs.mount.owner import Owner, send_signal, wait_gone
 from pbkfs.mount.request import SUPERBLOCK, reason
 from pbkfs.mount.target import Target, find_target, state_of
 
+_ASK_AGAIN_S = 1.0
+
 
 def unmount(
     mountpoint: Path | None,
@@ -65,15 +67,27 @@ def unmount(
 
 def _ask_worker(target: Target, owner: Owner, timeout_s: float | None) -> None:
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    # A worker that has unmounted and is still syncing listens no more: wait for its end.
-    with contextlib.suppress(NotRunningError):
-        control.call(target.diff, "unmount", timeout_s=timeout_s)
-    left = None if deadline is None else deadline - time.monotonic()
-    if not wait_gone(owner, left):
-        raise TimedOutError(
-            f"unmounting {owner.mountpoint} is still in progress (pid {owner.pid})",
-            hint="It writes back what is not on disk yet; wait, or look into its log.",
-        )
+    while True:
+        is_asked = True
+        try:
+            control.call(target.diff, "unmount", timeout_s=_left(deadline))
+        except NotRunningError:
+            # A worker that has unmounted and is still syncing listens no more: wait for its end.
+            # One that has died in this very moment is followed by another, which is to be asked.
+            is_asked = False
+        left = _left(deadline)
+        pause = left if is_asked else min(_ASK_AGAIN_S, left or _ASK_AGAIN_S)
+        if wait_gone(owner, pause):
+            return
+        if left is not None and left <= 0:
+            raise TimedOutError(
+                f"unmounting {owner.mountpoint} is still in progress (pid {owner.pid})",
+                hint="It writes back what is not on disk yet; wait, or look into its log.",
+            )
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
 
 
 def _check_end(target: Target) -> None:

@@ -270,10 +270,7 @@ class _Kernel:
 
 
 _REFUSALS = (errno.ENOTEMPTY, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENOENT)
-_OPERATIONS = (
-    "create mkdir symlink link remove rename rename exchange write write truncate forget seal "
-    "rewrite reap"
-).split()
+_OPERATIONS = ["create", "mkdir", "symlink", "link", "remove", "rename", "rename", "exchange", "write", "write", "truncate", "forget", "seal", "rewrite", "reap"]
 _NAMES = [b"a", b"b", b"c", b"16384", b"PG_VERSION", b"global", b"base", b"big"]
 
 
