@@ -270,7 +270,10 @@ class _Kernel:
 
 
 _REFUSALS = (errno.ENOTEMPTY, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENOENT)
-_OPERATIONS = ["create", "mkdir", "symlink", "link", "remove", "rename", "rename", "exchange", "write", "write", "truncate", "forget", "seal", "rewrite", "reap"]
+_OPERATIONS = (
+    "create", "mkdir", "symlink", "link", "remove", "rename", "rename", "exchange", "write",
+    "write", "truncate", "forget", "seal", "rewrite", "reap",
+)  # fmt: skip
 _NAMES = [b"a", b"b", b"c", b"16384", b"PG_VERSION", b"global", b"base", b"big"]
 
 
