@@ -22,7 +22,7 @@ import os
 import struct
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +43,9 @@ _FRAME = struct.Struct("<II")
 _MAX_REQUESTS = 4096
 # Below this size nothing is worth a rewrite.
 _REWRITE_BYTES = 4 << 20
+
+# A frame stays far below what ``find_frames`` believes.
+_NAMES_PER_FRAME = 10_000
 
 # Source: linux/falloc.h.
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -100,6 +103,8 @@ class Numbers:
     done: dict[int, int] = field(default_factory=dict)
     last: int = 1
     undecided: Intent | None = None
+    parts: dict[int, dict[bytes, tuple[int, int]]] = field(default_factory=dict)
+    """Of listings whose last frame was not read yet."""
 
     def apply(self, intent: Intent) -> None:
         """Take note of what an intent has brought about."""
@@ -138,7 +143,8 @@ class Ledger:
     def make(cls) -> Ledger:
         """Make an empty one. Raises OSError."""
         fd = os.memfd_create("pbkfs-ledger", os.MFD_CLOEXEC)
-        os.pwrite(fd, _HEADER.pack(_MAGIC, VERSION, 1, _HEADER_BYTES), 0)
+        header = _HEADER.pack(_MAGIC, VERSION, 1, _HEADER_BYTES)
+        os.pwrite(fd, header.ljust(_HEADER_BYTES, b"\0"), 0)
         return cls(fd, _HEADER_BYTES)
 
     @classmethod
@@ -189,7 +195,8 @@ class Ledger:
 
     def listed(self, directory: int, names: Iterable[tuple[bytes, int, int]]) -> None:
         """Note (name, number, cookie) of what a directory holds, before anybody is told."""
-        self._append(listed_frame(directory, names))
+        for frame in listed_frames(directory, names):
+            self._append(frame)
 
     def intend(self, layer: uuid.UUID, end: int, payload: bytes, changes: Sequence[Change]) -> None:
         """Note what is about to be appended, and what follows from it."""
@@ -267,9 +274,13 @@ def encode(kind: str, *fields: object) -> bytes:
     return _FRAME.pack(_native.crc32c(length + payload), len(payload)) + payload
 
 
-def listed_frame(directory: int, names: Iterable[tuple[bytes, int, int]]) -> bytes:
-    """Return the frame of ``Ledger.listed``."""
-    return encode("list", directory, [[os.fsdecode(name), *rest] for name, *rest in names])
+def listed_frames(directory: int, names: Iterable[tuple[bytes, int, int]]) -> Iterator[bytes]:
+    """Yield the frames of ``Ledger.listed``: it counts with the last one."""
+    rows = [[os.fsdecode(name), *rest] for name, *rest in names]
+    parts = [rows[i : i + _NAMES_PER_FRAME] for i in range(0, len(rows), _NAMES_PER_FRAME)] or [[]]
+    for index, part in enumerate(parts[:-1]):
+        yield encode("part", directory, index, part)
+    yield encode("list", directory, len(parts) - 1, parts[-1])
 
 
 def orphan_frame(number: int, orphan: Orphan) -> bytes:
@@ -313,8 +324,11 @@ def read_ledger(fd: int) -> Numbers:
     for payload in find_frames(data):
         n_bytes += _FRAME.size + len(payload)
         _read_frame(numbers, *json.loads(payload))
-    if n_bytes != len(data):
-        # The end of a frame that the dead worker was writing: what it was about was not begun.
+    torn = data[n_bytes:]
+    if torn:
+        # Part of a frame that the dead worker was writing: what it was about was not begun.
+        if len(torn) >= _FRAME.size and len(torn) >= _FRAME.size + _FRAME.unpack_from(torn)[1]:
+            raise DiffError(f"the ledger of the mount is damaged at byte {begin + n_bytes}")
         os.ftruncate(fd, begin + n_bytes)
     return numbers
 
@@ -328,11 +342,17 @@ def _read_frame(numbers: Numbers, kind: str, *fields: Any) -> None:
             numbers.meta.update(fields[0])
         case "init":
             numbers.init = bytes.fromhex(fields[0])
-        case "list":
-            names = {os.fsencode(name): (number, cookie) for name, number, cookie in fields[1]}
-            numbers.names[fields[0]] = names
+        case "part" | "list":
+            directory, index, rows = fields
+            names = {os.fsencode(name): (number, cookie) for name, number, cookie in rows}
+            if index > 0:
+                names = {**numbers.parts.pop(directory), **names}
+            if kind == "part":
+                numbers.parts[directory] = names
+                return
+            numbers.names[directory] = names
             highest = max((max(pair) for pair in names.values()), default=0)
-            numbers.last = max(numbers.last, fields[0], highest)
+            numbers.last = max(numbers.last, directory, highest)
         case "intent":
             token, layer, end, payload, changes = fields
             numbers.undecided = Intent(

@@ -23,7 +23,7 @@ from pbkfs.backup.base import TABLESPACE_ROOT, Base, BaseEntry, Kind
 from pbkfs.errors import DiffError, PbkfsError
 from pbkfs.overlay.inode import PINNED, Dentry, Directory, File, Inode, SymbolicLink, join
 from pbkfs.overlay.journal import NAME_MAX
-from pbkfs.overlay.ledger import Ledger, Numbers, listed_frame
+from pbkfs.overlay.ledger import Ledger, Numbers, listed_frames
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -390,7 +390,7 @@ class Namespace:
         """Yield the ledger's frames of all names."""
         for inode in self.inodes.values():
             if isinstance(inode, Directory) and inode.children is not None:
-                yield listed_frame(inode.ino, self._positions(inode))
+                yield from listed_frames(inode.ino, self._positions(inode))
 
     def adopt(self, numbers: Numbers) -> None:
         """Give the inodes and names the numbers that the kernel knows them by, once replayed.
