@@ -107,6 +107,7 @@ void pbk_dispatcher_open(struct pbk_dispatcher *d)
         /* Whoever waits for an answer would wait for ever. */
         pbk_dispatcher_log(d, "dispatcher: the kernel does not send again: %s", strerror(errno));
         pbk_dispatcher_gone(d);
+        return;
     }
     pthread_mutex_lock(&d->opening.lock);
     d->opening.is_open = true;
