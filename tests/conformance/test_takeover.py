@@ -377,7 +377,7 @@ def test_nobody_sees_a_death(memory: Path, seed: int) -> None:
         assert kernel.n_deaths > 5
         # What nobody uses any more leaves no object behind, whoever had made it.
         for ino in [ino for ino in kernel.lookups if ino not in kernel.named()]:
-            kernel.lookups.pop(ino)
+            kernel.ask("forget", ino, kernel.lookups.pop(ino))
         assert kernel.ask("reap", set(kernel.lookups)) == 0
         kernel.contents = {
             ino: content for ino, content in kernel.contents.items() if ino in kernel.named()
