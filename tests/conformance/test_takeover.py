@@ -348,7 +348,7 @@ def _change(kernel: _Kernel, step: int) -> None:
         del content[size:]
         content.extend(bytes(size - len(content)))
     elif op == "forget":
-        gone = [ino for ino in kernel.lookups if ino not in named]
+        gone = [ino for ino in kernel.lookups if ino not in kernel.named()]
         if gone:
             ino = pick.choice(gone)
             # A FORGET that is read and not carried out never comes again.
