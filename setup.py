@@ -1,4 +1,5 @@
-"""Builds pbkfs._native: the C core and its binding. Everything else is in pyproject.toml.
+"""Builds pbkfs._native, the C core and its binding, and the program pbkfs/pbkfs-keeper. Everything
+else is in pyproject.toml.
 
 PBKFS_WERROR=1 turns warnings into errors (CI). PBKFS_ZLIB=1 leaves libdeflate aside where it is
 installed.
@@ -9,8 +10,34 @@ import subprocess
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wvla"]
+
+
+KEEPER = "pbkfs/pbkfs-keeper"
+
+
+def strict() -> list[str]:
+    """The compiler's options where a warning is an error."""
+    return ["-Werror"] if os.environ.get("PBKFS_WERROR") == "1" else []
+
+
+class Build(build_ext):
+    """Also builds the keeper: a program, because the interpreter would be too large for it."""
+
+    def run(self) -> None:
+        super().run()
+        objects = self.compiler.compile(
+            ["native/keeper/keeper.c"],
+            output_dir=self.build_temp,
+            extra_postargs=["-std=c11", "-O2", *WARNINGS, *strict()],
+        )
+        target = KEEPER if self.inplace else os.path.join(self.build_lib, KEEPER)
+        self.compiler.link_executable(objects, target)
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), os.path.join(self.build_lib, KEEPER)]
 
 
 def has_libdeflate() -> bool:
@@ -41,10 +68,10 @@ def extension() -> Extension:
             "-pthread",
             "-fvisibility=hidden",
             *WARNINGS,
-            *(["-Werror"] if os.environ.get("PBKFS_WERROR") == "1" else []),
+            *strict(),
         ],
         extra_link_args=["-pthread"],
     )
 
 
-setup(ext_modules=[extension()])
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

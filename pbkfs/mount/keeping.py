@@ -1,22 +1,21 @@
 """The worker's side of its keeper: whether there is one, how a process becomes one, what is said.
 
 ``become_keeper`` belongs to the process that is about to be the worker, in ``launch``; a ``Link``
-to the worker's main thread. ``keeper`` is the other side, and says why.
+to the worker's main thread. The other side is a program of its own, native/keeper/keeper.c, which
+says what they talk about.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pbkfs import config
 from pbkfs.errors import HostError
@@ -29,7 +28,11 @@ _PR_SET_PDEATHSIG = 1
 # The kernel that can be asked to send again what a dead worker had taken (FUSE_NOTIFY_RESEND).
 _FIRST_KERNEL = (6, 9)
 _MAX_MESSAGE = 65536
-_MAX_FDS = 16
+_MAX_FDS = 64
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
+# Source: setup.py.
+_PROGRAM = str(Path(__file__).parents[1] / "pbkfs-keeper")
 
 # Not run as a file of this package: its directory would be searched before the library.
 _SCRIPT = "import sys; sys.path[:] = {path!r}; from pbkfs.mount.takeover import main; main()"
@@ -59,24 +62,34 @@ class Link:
         self.pid = pid
         self._sock = sock
 
-    def send(self, event: str, fds: Mapping[str, int] | None = None, **fields: object) -> None:
+    def send(
+        self,
+        event: str,
+        fds: Mapping[str, int] | None = None,
+        command: Sequence[str] = (),
+        **fields: str,
+    ) -> None:
         """Tell the keeper something. Raises OSError."""
-        names = list(fds or ())
-        message = json.dumps({"event": event, "fds": names, **fields}).encode()
+        fds = fds or {}
+        words = [event, *(f"fd={name}" for name in fds), *(f"arg={word}" for word in command)]
+        words += [f"{name}={value}" for name, value in fields.items()]
+        message = b"".join(os.fsencode(word) + b"\0" for word in words)
         if fds:
-            socket.send_fds(self._sock, [message], [fds[name] for name in names])
+            socket.send_fds(self._sock, [message], list(fds.values()))
         else:
             self._sock.send(message)
 
-    def receive(self) -> tuple[dict[str, Any], dict[str, int]]:
+    def receive(self) -> tuple[dict[str, str], dict[str, int]]:
         """Wait for the keeper's word; returns it with its descriptors by name. Raises HostError."""
         data, fds, _, _ = socket.recv_fds(self._sock, _MAX_MESSAGE, _MAX_FDS)
         for fd in fds:
             os.set_inheritable(fd, False)
         if not data:
             raise HostError("the keeper of the mount is gone")
-        message: dict[str, Any] = json.loads(data)
-        return message, dict(zip(message["fds"], fds, strict=True))
+        _, *words = os.fsdecode(data).split("\0")[:-1]
+        pairs = [word.partition("=")[::2] for word in words]
+        names = [value for name, value in pairs if name == "fd"]
+        return dict(pairs), dict(zip(names, fds, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +106,13 @@ def become_keeper() -> Link:
     """Split in two: this process becomes the keeper; its child, the worker, gets the link."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     keeper = os.getpid()
+    # The keeper lets them in once it can pass them on; until then they wait.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     child = os.fork()
     if child == 0:
         ours.close()
         end_with(keeper)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return Link(theirs, keeper)
     try:
         null = os.open(os.devnull, os.O_RDWR)
@@ -105,9 +121,7 @@ def become_keeper() -> Link:
         if null > 2:
             os.close(null)
         os.set_inheritable(ours.fileno(), True)
-        script = str(Path(__file__).with_name("keeper.py"))
-        arguments = [sys.executable, "-I", "-S", script, str(ours.fileno()), str(child)]
-        os.execv(sys.executable, arguments)
+        os.execv(_PROGRAM, [_PROGRAM, str(ours.fileno()), str(child)])
     finally:
         # It can't be a keeper; so it only sees the worker die, which ends the mount.
         _, status = os.waitpid(child, 0)

@@ -58,7 +58,7 @@ def main() -> NoReturn:
         importlib.import_module("pbkfs.fuse.session")
         link.send("warm")
         message, fds = link.receive()
-        code = worker.run_taken(Taken(link, fds, message["why"], message["n_takeovers"]))
+        code = worker.run_taken(Taken(link, fds, message["why"], int(message["takeovers"])))
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -354,18 +354,18 @@ class Worker:
                 takeover.OBJECTS_FD: objects_fd,
             }
             self._devices.add(os.fstat(objects_fd).st_dev)
-            self.link.send("armed", fds, command=keeping.command(), log=self._keeper_log())
+            self.link.send("armed", fds, keeping.command(), **self._keeper_log())
         finally:
             os.close(objects_fd)
         self._is_armed = True
         session.fail_with(self._fail)
 
-    def _keeper_log(self) -> dict[str, str] | None:
+    def _keeper_log(self) -> dict[str, str]:
         options = self.opened.request.log
         if options.sink != "file":
-            return None
+            return {}
         path = options.path or self.opened.diff_path / "log" / "worker.log"
-        return {"path": os.path.abspath(path), "style": options.style}
+        return {"log": os.path.abspath(path), "style": options.style}
 
     def _fail(self, error: BaseException) -> None:
         """End at once, without an answer to anybody: another worker takes over."""

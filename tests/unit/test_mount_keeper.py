@@ -21,17 +21,20 @@ _SOON_S = 60.0
 _HEIR = """
 import json, os, socket, sys, time
 sock = socket.socket(fileno=3)
-sock.send(b'{"event": "warm"}')
+sock.send(b"warm\\0")
 data, fds, _, _ = socket.recv_fds(sock, 65536, 16)
-message = json.loads(data)
-said = {"pid": os.getpid(), "fds": dict(zip(message["fds"], fds)), "by": sys.argv[1],
-        "n_takeovers": message["n_takeovers"], "why": message["why"],
-        "fuse": os.pread(dict(zip(message["fds"], fds))["fuse"], 100, 0).decode()}
+event, *words = data.decode().split("\\0")[:-1]
+pairs = [word.split("=", 1) for word in words]
+message = dict(pairs)
+fds = dict(zip([value for name, value in pairs if name == "fd"], fds))
+said = {"pid": os.getpid(), "event": event, "by": sys.argv[1],
+        "n_takeovers": int(message["takeovers"]), "why": message["why"],
+        "fuse": os.pread(fds["fuse"], 100, 0).decode()}
 with open(sys.argv[2] + ".tmp", "w") as file:
     json.dump(said, file)
 os.rename(sys.argv[2] + ".tmp", sys.argv[2])
 %s
-sock.send(b'{"event": "serving"}')
+sock.send(b"serving\\0")
 while not os.path.exists(sys.argv[2] + ".end"):
     time.sleep(0.01)
 os._exit(int(open(sys.argv[2] + ".end").read()))
@@ -52,8 +55,7 @@ def kept(place: Path, command: list[str], worker: Callable[[keeping.Link], None]
         try:
             link = keeping.become_keeper()
             fd = os.open(fuse, os.O_RDONLY)
-            log = {"path": str(place / "log"), "style": "text"}
-            link.send("armed", {"fuse": fd}, command=command, log=log)
+            link.send("armed", {"fuse": fd}, command, log=str(place / "log"), style="text")
             worker(link)
         finally:
             os._exit(99)
@@ -95,6 +97,7 @@ def kill_self(_link: keeping.Link) -> None:
 def test_killed_workers_are_replaced_until_one_ends_well(tmp_path: Path) -> None:
     with kept(tmp_path, heir(tmp_path), kill_self) as keeper:
         said = hear(tmp_path)
+        assert said["event"] == "go"
         assert said["fuse"] == "the connection"
         assert said["n_takeovers"] == 1
         assert "died of signal 9" in str(said["why"])
@@ -169,7 +172,10 @@ def test_keeper_goes_back_to_the_program_before(tmp_path: Path) -> None:
         assert end_of(keeper) == 0
 
 
-def test_signal_is_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM])
+def test_signal_is_passed_on(tmp_path: Path, other: signal.Signals) -> None:
+    """However early; what others mean to most programs is no reason to end a mount."""
+
     def await_signal(_link: keeping.Link) -> None:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         (tmp_path / "armed").touch()
@@ -177,7 +183,48 @@ def test_signal_is_passed_on(tmp_path: Path) -> None:
 
     with kept(tmp_path, heir(tmp_path), await_signal) as keeper:
         wait_for((tmp_path / "armed").exists, "the worker")
+        wait_for(lambda: is_keeper(keeper), "the keeper")
+        os.kill(keeper, other)
         os.kill(keeper, signal.SIGTERM)
+        assert end_of(keeper) == 0
+
+
+def is_keeper(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "pbkfs-keeper"
+
+
+def test_signal_that_comes_early_is_passed_on() -> None:
+    pid = os.fork()
+    if pid == 0:
+        # Before there is a program that could take it; a fork inherits no pending signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        os.kill(os.getpid(), signal.SIGTERM)
+        keeping.become_keeper()
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+        time.sleep(_SOON_S)
+        os._exit(1)
+    assert end_of(pid) == 0
+
+
+def test_command_that_is_not_there_counts_as_a_death(tmp_path: Path) -> None:
+    with kept(tmp_path, [str(tmp_path / "gone")], kill_self) as keeper:
+        assert end_of(keeper) == 1
+    said = (tmp_path / "log").read_text()
+    assert "a worker can't be started: No such file or directory" in said
+    assert "as did 4 before it" in said
+
+
+def test_another_worker_takes_over_while_a_replacement_gets_ready(tmp_path: Path) -> None:
+    slow = [sys.executable, "-c", f"import time; time.sleep({_SOON_S})"]
+
+    def replace(link: keeping.Link) -> None:
+        link.send("replace", command=slow)
+        kill_self(link)
+
+    with kept(tmp_path, heir(tmp_path), replace) as keeper:
+        assert hear(tmp_path)["by"] == "first"
+        (tmp_path / "said.end").write_text("0")
         assert end_of(keeper) == 0
 
 
