@@ -43,7 +43,7 @@
 
 /* A worker's words at its end: unmounted; nobody can take over. */
 #define EXIT_DONE 0
-#define EXIT_REFUSED 3
+#define EXIT_REFUSED 64
 
 /* So many deaths in a row without so much service are taken for a cause that does not go away. */
 #define MAX_DEATHS 5

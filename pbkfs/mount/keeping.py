@@ -21,7 +21,7 @@ from pbkfs import config
 from pbkfs.errors import HostError
 
 # What a worker ends with that can't take over: the keeper's word, see there.
-EXIT_REFUSED = 3
+EXIT_REFUSED = 64
 
 # Source: linux/prctl.h.
 _PR_SET_PDEATHSIG = 1

@@ -91,6 +91,8 @@ def run(
         return worker.run()
     except BaseException as caught:
         error = _unwrap(caught)
+        if worker.is_armed:
+            worker.fail(error)
         # A new diff goes away with its log, so the reader of the report gets the traceback.
         if isinstance(error, PbkfsError):
             logger.error("worker failed: %s", error.message)
@@ -151,7 +153,7 @@ class Worker:
         self.ledger: Ledger | None = None
         self.taken: Taken | None = None
         self._devices: set[int] = set()
-        self._is_armed = False
+        self.is_armed = False
         # The process that has the mount for as long as it lasts.
         self.owner_pid = os.getpid() if link is None else link.pid
         self.was_ready = False
@@ -334,7 +336,7 @@ class Worker:
             return
         if self.taken is not None:
             self.link.send("serving")
-            self._is_armed = True
+            self.is_armed = True
             return
         opened = self.opened
         if not session.can_resend():
@@ -357,8 +359,8 @@ class Worker:
             self.link.send("armed", fds, keeping.command(), **self._keeper_log())
         finally:
             os.close(objects_fd)
-        self._is_armed = True
-        session.fail_with(self._fail)
+        self.is_armed = True
+        session.fail_with(self.fail)
 
     def _keeper_log(self) -> dict[str, str]:
         options = self.opened.request.log
@@ -367,7 +369,7 @@ class Worker:
         path = options.path or self.opened.diff_path / "log" / "worker.log"
         return {"log": os.path.abspath(path), "style": options.style}
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """End at once, without an answer to anybody: another worker takes over."""
         logger.critical("worker failed", exc_info=error)
         logging.shutdown()
@@ -375,7 +377,7 @@ class Worker:
 
     def _take_over(self, session: Session, taken: Taken) -> None:
         assert self.ledger is not None
-        session.fail_with(self._fail)
+        session.fail_with(self.fail)
         session.take_over(taken.fds["fuse"], self.ledger.init)
 
     async def _repair(self, session: Session) -> None:
@@ -626,7 +628,7 @@ class Worker:
     async def _on_upgrade(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._unmounting is not None
         path = self.opened.place.path
-        if self.link is None or not self._is_armed or self.ledger is None:
+        if self.link is None or not self.is_armed or self.ledger is None:
             raise HostError(
                 f"the mount on {path} can't survive its worker",
                 hint="That needs Linux 6.9 or later; unmount it, and mount it again.",

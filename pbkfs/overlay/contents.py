@@ -344,13 +344,15 @@ class Contents:
             doomed = [[self._stack.live.uuid.hex, piece.object_id]]
         return describe(self._stack, inode, doomed)
 
-    def reap(self) -> None:
-        """Unlink the objects of forgotten files whose removal is durable.
+    def reap(self, *, is_over: bool = False) -> None:
+        """Unlink the objects of forgotten files whose removal is durable; ``is_over``: of all that
+        have lost their names, because nobody can use them any more.
 
         Never raises OSError: what can't be unlinked is left to the next mount.
         """
         for (layer, object_id), (end, ino) in list(self._doomed.items()):
-            if end > layer.journal.synced or ino in self._namespace.inodes:
+            is_used = not is_over and ino in self._namespace.inodes
+            if end > layer.journal.synced or is_used:
                 continue
             del self._doomed[layer, object_id]
             try:

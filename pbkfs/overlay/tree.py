@@ -612,7 +612,7 @@ class Tree:
                 self._contents.sync_all()
             finally:
                 self.sync()
-            self.reap()
+            self._contents.reap(is_over=True)
             self._stack.live.end_session()
         finally:
             self.nodes.close()

@@ -119,9 +119,9 @@ def test_death_before_arming_is_no_matter() -> None:
 
 
 def test_keeper_ends_with_a_worker_that_refuses(tmp_path: Path) -> None:
-    command = heir(tmp_path, before="os._exit(3)")
+    command = heir(tmp_path, before=f"os._exit({keeping.EXIT_REFUSED})")
     with kept(tmp_path, command, kill_self) as keeper:
-        assert end_of(keeper) == 3
+        assert end_of(keeper) == keeping.EXIT_REFUSED
     assert "nobody can take over" in (tmp_path / "log").read_text()
 
 
