@@ -1,8 +1,10 @@
 /*
+ * The program beside a worker, in two parts.
+ *
  * The keeper: the small process that owns a mount, keeps its connection with the kernel open, and has a new worker take over when
  * the worker dies. A program of its own, because it lives as long as the mount and so has to be small.
  *
- * usage: pbkfs-keeper SOCKET PID, descriptor and process of the first worker, whose parent this process is (pbkfs/mount/keeping.py).
+ * usage: pbkfs-keeper keep SOCKET PID, descriptor and process of the first worker, whose parent this process is (pbkfs/mount/keeping.py).
  *
  * It never touches the mount, the diff or the base, but for a line in the worker's log at a death: nothing can block it on what it
  * is there to save. It and its workers talk over a SEQPACKET socket: a message is a list of strings, each with a NUL at its end,
@@ -16,6 +18,8 @@
  *   replace  arg=WORD: have another program take over, on purpose
  * keeper -> worker
  *   go       fd=NAME why=TEXT takeovers=N: take over
+ *
+ * And calls that wait for the mount itself (pbkfs/aside.py): sync PATH, umount PATH FLAGS. The exit code is 0 or the errno.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,6 +33,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -465,30 +470,47 @@ static int run(void)
     }
 }
 
-int main(int argc, char **argv)
+/* Keeps the mount of the worker pid; returns the exit code. */
+static int keep_mount(int sock, pid_t pid)
 {
-    if (argc != 3) {
-        fprintf(stderr, "usage: pbkfs-keeper SOCKET PID; it is started by pbkfs mount\n");
-        return 2;
-    }
-    int sock = atoi(argv[1]);
     fcntl(sock, F_SETFD, FD_CLOEXEC);
-    /* Their default is to end the process, and with it the mount under a server. */
-    const int ignored[] = {SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGPIPE, SIGQUIT};
-    for (size_t i = 0; i < sizeof ignored / sizeof *ignored; i++)
-        signal(ignored[i], SIG_IGN);
-    /* Blocked since before the worker was forked, so none was missed. */
+    /* Blocked since before the worker was forked, so none was missed. What else could end this process is ignored since then. */
     sigset_t ending;
     sigemptyset(&ending);
     sigaddset(&ending, SIGTERM);
     sigaddset(&ending, SIGINT);
     sigprocmask(SIG_SETMASK, &ending, NULL);
     signals = signalfd(-1, &ending, SFD_CLOEXEC);
-    worker = child_of((pid_t)atoi(argv[2]), sock);
+    worker = child_of(pid, sock);
     int code = run();
     if (heir.pid) {
         send_signal(&heir, SIGKILL);
         reap(&heir);
     }
     return code;
+}
+
+/* --- calls that wait for the mount -------------------------------------------------------------------------------- */
+
+static int sync_mount(const char *path)
+{
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return fd < 0 || syncfs(fd) ? errno : 0;
+}
+
+static int unmount(const char *path, int flags)
+{
+    return umount2(path, flags) ? errno : 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 4 && !strcmp(argv[1], "keep"))
+        return keep_mount(atoi(argv[2]), (pid_t)atoi(argv[3]));
+    if (argc == 3 && !strcmp(argv[1], "sync"))
+        return sync_mount(argv[2]);
+    if (argc == 4 && !strcmp(argv[1], "umount"))
+        return unmount(argv[2], atoi(argv[3]));
+    fprintf(stderr, "pbkfs-keeper is for pbkfs itself; see pbkfs --help\n");
+    return 255;
 }

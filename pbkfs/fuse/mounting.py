@@ -16,6 +16,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+from pbkfs import aside
 from pbkfs.errors import BusyError, HostError, NotRunningError
 
 DEVICE = "/dev/fuse"
@@ -194,11 +195,8 @@ def _without_prefix(said: str) -> str:
 
 def _unmount(mountpoint: Path, *, is_lazy: bool) -> None:
     if os.geteuid() == 0:
-        number = _call(
-            "umount2",
-            os.fsencode(mountpoint),
-            ctypes.c_int(_UMOUNT_NOFOLLOW | (_MNT_DETACH if is_lazy else 0)),
-        )
+        flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if is_lazy else 0)
+        number = aside.unmount(mountpoint, flags)
         if number:
             _raise_unmount(mountpoint, number, os.strerror(number).lower())
         return

@@ -204,8 +204,10 @@ class Session:
             self._closed.set()
 
     async def _announce(self, task_status: trio.TaskStatus[None]) -> None:
-        # An answer of the mount point itself: INIT is through, the threads and pyfuse3 are up.
-        await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        # An answer of the mount point itself: INIT is through, the threads and pyfuse3 are up. Not
+        # after a takeover, when this process must not wait for itself: see pbkfs.aside.
+        if not self._init:
+            await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
         self._has_answered = True
         task_status.started()
 

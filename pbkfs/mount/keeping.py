@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbkfs import config
+from pbkfs.aside import PROGRAM
 from pbkfs.errors import HostError
 
 # What a worker ends with that can't take over: the keeper's word, see there.
@@ -30,9 +31,8 @@ _FIRST_KERNEL = (6, 9)
 _MAX_MESSAGE = 65536
 _MAX_FDS = 64
 _ENDING = (signal.SIGTERM, signal.SIGINT)
-
-# Source: setup.py.
-_PROGRAM = str(Path(__file__).parents[1] / "pbkfs-keeper")
+# Their default is to end the process, and with it the mount under a server.
+_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE)
 
 # Not run as a file of this package: its directory would be searched before the library.
 _SCRIPT = "import sys; sys.path[:] = {path!r}; from pbkfs.mount.takeover import main; main()"
@@ -115,13 +115,15 @@ def become_keeper() -> Link:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return Link(theirs, keeper)
     try:
+        for number in _IGNORED:
+            signal.signal(number, signal.SIG_IGN)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         if null > 2:
             os.close(null)
         os.set_inheritable(ours.fileno(), True)
-        os.execv(_PROGRAM, [_PROGRAM, str(ours.fileno()), str(child)])
+        os.execv(PROGRAM, [PROGRAM, "keep", str(ours.fileno()), str(child)])
     finally:
         # It can't be a keeper; so it only sees the worker die, which ends the mount.
         _, status = os.waitpid(child, 0)

@@ -1,6 +1,6 @@
 """What a worker does to its own process: log, descriptors, limits, signals, pid file.
 
-Called by ``worker`` on the main thread; ``sync_mount`` in another one.
+Called by ``worker`` on the main thread.
 """
 
 from __future__ import annotations
@@ -89,21 +89,6 @@ def remove_pid_file(path: Path | None, pid: int) -> None:
 def _open_public(path: str, flags: int) -> int:
     # The worker's umask is 0, for the modes of the files it serves.
     return os.open(path, flags, 0o644)
-
-
-def sync_mount(path: Path) -> None:
-    """Write back the kernel's dirty pages of the mount; any thread but the serving one. OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        # syncfs(2) is not in the os module of 3.11; sync_file_range is no substitute.
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syncfs(fd) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

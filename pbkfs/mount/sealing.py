@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pbkfs import aside
 from pbkfs.errors import DiffError, HostError, NotRunningError
 from pbkfs.mount import control, lock, mounts, process
 from pbkfs.mount.base import open_base
@@ -244,7 +245,7 @@ class Sealer:
 
         with trio.move_on_after(limit_s) as scope:
             await trio.to_thread.run_sync(
-                process.sync_mount, self._mountpoint, abandon_on_cancel=True
+                aside.sync, self._mountpoint, abandon_on_cancel=True
             )
         if scope.cancelled_caught:
             raise HostError(

@@ -2,15 +2,17 @@
 
 Used by the worker around a seal, in a thread, so that the sealed state is that of one moment. A
 process that was stopped is let go in any case: by ``end``, or by a timer that outlives whatever
-hangs. Any thread but the trio one, because looking at a working directory asks the mount.
+hangs. Nothing here asks the mount itself: see ``pbkfs.aside`` for why.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
+import struct
 import threading
 import time
 from pathlib import Path
@@ -23,6 +25,12 @@ _PROGRAMS = ("postgres", "postmaster")
 # For as long as a process may take from the signal to its stop: it ends its system call before.
 _STOP_LIMIT_S = 2.0
 _PAUSE_S = 0.001
+
+# Source: linux/stat.h, struct statx; linux/fcntl.h.
+_STATX_BYTES, _DEVICE_AT, _DEVICE = 256, 136, struct.Struct("=II")
+_AT_STATX_DONT_SYNC, _AT_FDCWD = 0x4000, -100
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Standstill:
@@ -42,7 +50,7 @@ class Standstill:
 
         Nothing is stopped then. A mount without a server needs no standstill: that is fine too.
         """
-        device = os.stat(self._mountpoint).st_dev
+        device = _device_of(self._mountpoint)
         self._began = time.monotonic()
         self._timer = threading.Timer(self._limit_s, self._expire)
         self._timer.daemon = True
@@ -113,7 +121,7 @@ class Standstill:
 
 def let_go(mountpoint: Path) -> None:
     """Let a server go on that a worker held when it died."""
-    for pid in find_processes(os.stat(mountpoint).st_dev):
+    for pid in find_processes(_device_of(mountpoint)):
         try:
             os.kill(pid, signal.SIGCONT)
         except OSError as error:
@@ -131,11 +139,20 @@ def find_processes(device: int) -> list[int]:
         if not name.isdigit() or command_name(int(name)) not in _PROGRAMS:
             continue
         try:
-            if os.stat(f"/proc/{name}/cwd").st_dev == device:
+            if _device_of(f"/proc/{name}/cwd") == device:
                 found.append((_started(int(name)), int(name)))
         except OSError:
             continue
     return [pid for _, pid in sorted(found)]
+
+
+def _device_of(path: str | Path) -> int:
+    """Return the device of what ``path`` leads to; stat(2) might ask the file system. OSError."""
+    found = ctypes.create_string_buffer(_STATX_BYTES)
+    flags = ctypes.c_int(_AT_STATX_DONT_SYNC)
+    if _libc.statx(ctypes.c_int(_AT_FDCWD), os.fsencode(path), flags, ctypes.c_uint(0), found):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(path))
+    return os.makedev(*_DEVICE.unpack_from(found, _DEVICE_AT))
 
 
 def _stat_fields(pid: int) -> list[bytes]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pbkfs
+from pbkfs import aside
 from pbkfs.config import START_LIMIT_S
 from pbkfs.errors import BusyError, HostError, PbkfsError
 from pbkfs.mount import (
@@ -122,7 +123,7 @@ def run_taken(taken: Taken) -> int:
         logger.warning("%s; this one takes over", taken.why)
         opened, ledger = takeover.open_taken(numbers, taken.fds)
         worker = Worker(opened, ReportWriter(-1), taken.link)
-        worker.taken, worker.ledger = taken, ledger
+        worker.take(taken, ledger)
         worker.was_ready = True
         return worker.run()
     except BaseException as caught:
@@ -319,6 +320,16 @@ class Worker:
 
     # --- surviving this process -------------------------------------------------------------------
 
+    def take(self, taken: Taken, ledger: Ledger) -> None:
+        """Be the one who takes over, by what the keeper has kept."""
+        self.taken, self.ledger = taken, ledger
+        # A younger descriptor would not know of older errors: see takeover.
+        self._devices = {
+            os.fstat(fd).st_dev
+            for name, fd in taken.fds.items()
+            if name.startswith(takeover.OBJECTS_FD)
+        }
+
     def _begin_ledger(self) -> None:
         """Write down from now on what another worker would need."""
         if self.link is None:
@@ -423,7 +434,7 @@ class Worker:
         import trio
 
         tree = self.opened.tree
-        for ino in tree.find_uncertain():
+        for ino in tree.take_doubtful():
             try:
                 is_known = await trio.to_thread.run_sync(session.is_known, ino)
             except OSError as error:
@@ -539,7 +550,7 @@ class Worker:
                     raise await trio.to_thread.run_sync(_busy_error, path) from None
             logger.warning("forced: detaching %s while it is in use", path)
             with trio.move_on_after(START_LIMIT_S):
-                await trio.to_thread.run_sync(process.sync_mount, path, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(aside.sync, path, abandon_on_cancel=True)
             await trio.to_thread.run_sync(lambda: session.unmount(lazy=True))
             session.close()
 
@@ -571,7 +582,7 @@ class Worker:
     async def _on_sync(self, _request: dict[str, Any]) -> dict[str, Any]:
         import trio
 
-        await trio.to_thread.run_sync(process.sync_mount, self.opened.place.path)
+        await trio.to_thread.run_sync(aside.sync, self.opened.place.path)
         await trio.to_thread.run_sync(self.opened.tree.sync)
         return {}
 

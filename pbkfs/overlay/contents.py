@@ -352,7 +352,8 @@ class Contents:
         """
         for (layer, object_id), (end, ino) in list(self._doomed.items()):
             is_used = not is_over and ino in self._namespace.inodes
-            if end > layer.journal.synced or is_used:
+            # Without an end, its removal was durable before.
+            if is_used or (end and end > layer.journal.synced):
                 continue
             del self._doomed[layer, object_id]
             try:

@@ -105,6 +105,7 @@ class Tree:
             self._contents.finish_truncations(named[-1])
             for (layer, object_id), ino in doomed.items():
                 self._contents.doom_object(layer, object_id, ino)
+            self._doubtful: set[int] = set()
             self._done = {} if numbers is None else numbers.done
             self.hydration = Hydration(self._stack, self._namespace, self._contents)
         except BaseException:
@@ -148,13 +149,14 @@ class Tree:
             self._namespace.ledger.token = number
         return self._done.get(number) if token & _TOKEN_IS_RESENT else None
 
-    def find_uncertain(self) -> list[int]:
-        """Return the inodes without a name that perhaps nobody uses: the kernel has to be asked."""
-        return [
-            inode.ino
-            for inode in self._namespace.inodes.values()
-            if inode.parent is None and inode.nlookup > PINNED // 2
-        ]
+    def take_doubtful(self) -> set[int]:
+        """Return the inodes without a name that the kernel has forgotten since the last call.
+
+        It has most likely forgotten all lookups; that it has not, it alone can say. About others
+        it must not be asked, because it might be about to write to them, and wait for us.
+        """
+        found, self._doubtful = self._doubtful, set()
+        return found
 
     def abandon(self, ino: int) -> None:
         """Take note that the kernel does not know an inode without names: never again."""
@@ -188,6 +190,8 @@ class Tree:
         inode.nlookup = max(0, inode.nlookup - n)
         if inode.nlookup == 0:
             self._let_go(inode)
+        elif inode.parent is None and inode.nlookup > PINNED // 2:
+            self._doubtful.add(ino)
 
     def _let_go(self, inode: Inode) -> None:
         self._contents.close_unused(inode)
