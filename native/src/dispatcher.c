@@ -238,7 +238,8 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
  */
 static int map_buffer(struct pbk_worker *worker)
 {
-    void *buffer = mmap(NULL, PBK_FUSE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    void *buffer =
+        mmap(NULL, PBK_FUSE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (buffer == MAP_FAILED)
         return -errno;
     worker->buffer = buffer;

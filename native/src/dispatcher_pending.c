@@ -58,8 +58,7 @@ static void grow(struct pbk_pending *pending)
     pending->n_buckets = n_buckets;
 }
 
-int pbk_pending_add(struct pbk_pending *pending, const struct fuse_in_header *header, struct pbk_job *job,
-                    uint32_t pid)
+int pbk_pending_add(struct pbk_pending *pending, const struct fuse_in_header *header, struct pbk_job *job, uint32_t pid)
 {
     struct pbk_request *request = malloc(sizeof *request);
     if (!request)

@@ -90,10 +90,10 @@ class Operations(pyfuse3.Operations):
         self._invalidate = invalidate
         self._find_caller = find_caller
 
-    def _was_done(self, ctx: pyfuse3.RequestContext) -> int | None:
-        """Begin a change of names; returns what it made if a dead worker has carried it out."""
+    def _was_done(self, ctx: pyfuse3.RequestContext, parent: int, name: bytes) -> int | None:
+        """Begin a change of a name; returns what has it if a dead worker has carried it out."""
         # The dispatcher has put the request's token there.
-        return self._tree.was_done(ctx.pid & 0xFFFFFFFF)
+        return self._tree.was_done(ctx.pid & 0xFFFFFFFF, parent, name)
 
     # --- names --------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Operations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        made = self._was_done(ctx)
+        made = self._was_done(ctx, parent_inode, name)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
@@ -149,7 +149,7 @@ class Operations(pyfuse3.Operations):
         _flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        made = self._was_done(ctx)
+        made = self._was_done(ctx, parent_inode, name)
         if made is not None:
             self._tree.open(made)
             return pyfuse3.FileInfo(fh=made, keep_cache=True), entry_of(self._tree.getattr(made))
@@ -162,7 +162,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if not stat.S_ISREG(mode):
             raise OSError(errno.EPERM, "only regular files")
-        made = self._was_done(ctx)
+        made = self._was_done(ctx, parent_inode, name)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
@@ -174,7 +174,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if tablespaces.is_tablespace_link(self._tree, parent_inode, name, target):
             return await self._keep_tablespace(parent_inode, name, target, ctx)
-        made = self._was_done(ctx)
+        made = self._was_done(ctx, parent_inode, name)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         return entry_of(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
@@ -192,9 +192,9 @@ class Operations(pyfuse3.Operations):
             logger.warning("tablespace %s: %s: %s", os.fsdecode(oid), place, error.strerror)
             raise
         # What comes before the link is looked for first, so it may be done twice.
-        self._tree.was_done(0)
+        self._tree.was_done(0, parent, oid)
         changed = tablespaces.keep(self._tree, oid, found, ctx.uid, ctx.gid)
-        made = self._was_done(ctx)
+        made = self._was_done(ctx, parent, oid)
         if made is not None:
             attr = self._tree.getattr(made)
         else:
@@ -215,19 +215,19 @@ class Operations(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        made = self._was_done(ctx)
+        made = self._was_done(ctx, new_parent_inode, new_name)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         return entry_of(self._tree.link(inode, new_parent_inode, new_name))
 
     @_answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if self._was_done(ctx) is None:
+        if self._was_done(ctx, parent_inode, name) is None:
             self._tree.unlink(parent_inode, name)
 
     @_answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if self._was_done(ctx) is None:
+        if self._was_done(ctx, parent_inode, name) is None:
             self._tree.rmdir(parent_inode, name)
 
     @_answered
@@ -240,7 +240,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        if self._was_done(ctx) is not None:
+        if self._was_done(ctx, parent_inode_new, name_new) is not None:
             return
         self._check_moved(parent_inode_old, name_old, parent_inode_new, name_new)
         self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pbkfs import aside
 from pbkfs.errors import DiffError, HostError, NotRunningError
-from pbkfs.mount import control, lock, mounts, process
+from pbkfs.mount import control, lock, mounts
 from pbkfs.mount.base import open_base
 from pbkfs.mount.binding import read_binding
 from pbkfs.mount.detaching import check_not_detached
@@ -244,9 +244,7 @@ class Sealer:
         import trio
 
         with trio.move_on_after(limit_s) as scope:
-            await trio.to_thread.run_sync(
-                aside.sync, self._mountpoint, abandon_on_cancel=True
-            )
+            await trio.to_thread.run_sync(aside.sync, self._mountpoint, abandon_on_cancel=True)
         if scope.cancelled_caught:
             raise HostError(
                 f"cannot seal diff {self._diff}: the kernel did not write back in {limit_s:g} s",

@@ -138,16 +138,24 @@ class Tree:
             if inode.parent is None:
                 yield orphan_frame(inode.ino, self._contents.describe(inode))
 
-    def was_done(self, token: int) -> int | None:
-        """Begin to carry out the kernel's request ``token`` (see ``Dispatcher``), or 0 for our own.
+    def was_done(self, token: int, parent: int, name: bytes) -> int | None:
+        """Begin to carry out the kernel's request ``token`` (see ``Dispatcher``), or 0 for our own,
+        which is to make ``name`` in ``parent``, or to remove it.
 
         Returns None, or, if it is sent again and the worker that had it had done it already, the
-        inode that it made (0 if none): then the answer is all that is missing.
+        inode that has the name by it (0 if none): then the answer is all that is missing.
         """
         number = token & _TOKEN_NUMBER
         if self._namespace.ledger is not None:
             self._namespace.ledger.token = number
-        return self._done.get(number) if token & _TOKEN_IS_RESENT else None
+        done = self._done.get(number) if token & _TOKEN_IS_RESENT else None
+        directory = self._namespace.inodes.get(parent)
+        if done is None or not isinstance(directory, Directory):
+            return None
+        # Numbers come again after 2^31 requests. The kernel lets nobody else change a name before
+        # there is an answer, so what was done is still to be seen.
+        found = self._namespace.children(directory).get(name)
+        return done if done == (0 if found is None else found.ino) else None
 
     def take_doubtful(self) -> set[int]:
         """Return the inodes without a name that the kernel has forgotten since the last call.

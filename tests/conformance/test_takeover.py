@@ -74,8 +74,8 @@ class _Worker:
             if self._n_left == 0:
                 os._exit(77)
 
-    def _made(self, token: int, make: Callable[[], Any]) -> int:
-        made = self.tree.was_done(token)
+    def _made(self, token: int, parent: int, name: bytes, make: Callable[[], Any]) -> int:
+        made = self.tree.was_done(token, parent, name)
         return made if made is not None else int(make().ino)
 
     def do_lookup(self, _token: int, parent: int, name: bytes) -> int:
@@ -90,27 +90,31 @@ class _Worker:
         return found
 
     def do_create(self, token: int, parent: int, name: bytes) -> int:
-        return self._made(token, lambda: self.tree.create(parent, name, 0o600, *OWNER))
+        return self._made(
+            token, parent, name, lambda: self.tree.create(parent, name, 0o600, *OWNER)
+        )
 
     def do_mkdir(self, token: int, parent: int, name: bytes) -> int:
-        return self._made(token, lambda: self.tree.mkdir(parent, name, 0o700, *OWNER))
+        return self._made(token, parent, name, lambda: self.tree.mkdir(parent, name, 0o700, *OWNER))
 
     def do_symlink(self, token: int, parent: int, name: bytes) -> int:
-        return self._made(token, lambda: self.tree.symlink(parent, name, b"to", *OWNER))
+        return self._made(
+            token, parent, name, lambda: self.tree.symlink(parent, name, b"to", *OWNER)
+        )
 
     def do_link(self, token: int, ino: int, parent: int, name: bytes) -> int:
-        return self._made(token, lambda: self.tree.link(ino, parent, name))
+        return self._made(token, parent, name, lambda: self.tree.link(ino, parent, name))
 
     def do_unlink(self, token: int, parent: int, name: bytes) -> None:
-        if self.tree.was_done(token) is None:
+        if self.tree.was_done(token, parent, name) is None:
             self.tree.unlink(parent, name)
 
     def do_rmdir(self, token: int, parent: int, name: bytes) -> None:
-        if self.tree.was_done(token) is None:
+        if self.tree.was_done(token, parent, name) is None:
             self.tree.rmdir(parent, name)
 
     def do_rename(self, token: int, *args: Any) -> None:
-        if self.tree.was_done(token) is None:
+        if self.tree.was_done(token, args[2], args[3]) is None:
             self.tree.rename(*args)
 
     def do_write(self, _token: int, ino: int, offset: int, data: bytes) -> None:
@@ -144,7 +148,6 @@ class _Worker:
                 self.tree.abandon(ino)
         return self.tree.reap()
 
-
     def do_close(self, _token: int) -> int:
         self.tree.close()
         return self.tree._contents.n_doomed
@@ -170,7 +173,7 @@ class _Kernel:
         self.contents: dict[int, bytearray] = {}
         self.kinds: dict[int, str] = {1: "dir"}
         self.n_deaths = 0
-        self._token = 0
+        self.last_token = 0
         self._pid = 0
         self._sock: socket.socket | None = None
         self.start()
@@ -203,8 +206,8 @@ class _Kernel:
         import pickle
 
         assert self._sock is not None
-        self._token += 1
-        request = {"op": op, "args": args, "token": self._token, "die": die}
+        self.last_token += 1
+        request = {"op": op, "args": args, "token": self.last_token, "die": die}
         self._sock.send(pickle.dumps(request))
         data = self._sock.recv(_MAX_MESSAGE)
         if not data:
@@ -391,6 +394,27 @@ def test_nobody_sees_a_death(memory: Path, seed: int) -> None:
         assert n_after <= n_before
         kernel.check()
         assert kernel.ask("close") == 0
+    finally:
+        kernel.stop()
+        os.close(kernel.ledger_fd)
+
+
+def test_number_that_comes_again_is_another_request(memory: Path) -> None:
+    """What the ledger says of an old request must not keep a new one from being carried out."""
+    lower = memory / "lower"
+    lower.mkdir()
+    make_lower(lower)
+    kernel = _Kernel(lower, memory / "diff", 1)
+    try:
+        made = kernel.ask("create", 1, b"new")
+        again = kernel.last_token
+        kernel.ask("unlink", 1, b"new")
+        # The worker dies of the next request, which has the number of the first one.
+        kernel.last_token = again - 1
+        other = kernel.ask("create", 1, b"new", die=1)
+        assert kernel.n_deaths > 0
+        assert other != made
+        assert kernel.ask("lookup", 1, b"new") == other
     finally:
         kernel.stop()
         os.close(kernel.ledger_fd)

@@ -213,7 +213,7 @@ def test_unmount_ends_worker_and_keeper(mounts: Mounts, basebackup: Path) -> Non
 
 
 def test_removed_files_give_their_space_back(mounts: Mounts, basebackup: Path) -> None:
-    """Nobody has counted what the kernel knows from before; it is asked, and at the end it is all."""
+    """Nobody has counted what the kernel knows from before; it is asked; the end takes all."""
     mount = mounts.mount("--base", basebackup)
     old = [mount.pgdata / f"old{number}" for number in range(20)]
     for path in old:
