@@ -6,11 +6,15 @@ import os
 import subprocess
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from fix_mounts import Mount, Mounts, run_pbkfs
 from fix_postgres import Cluster, wait_until
 from machine import postgres_bindir
 from servers import MountedServer
+
+from pbkfs.config import TAKEOVER_VARIABLE
+from pbkfs.mount import control, keeping
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a small file system")
 
@@ -88,6 +92,36 @@ def test_a_checkpoint_waits_for_space(full: Mount) -> None:
     server.start()
     assert server.sql("select sum(i) from t") == str(40000 * 40001 // 2 + 40000)
     server.stop()
+
+
+@pytest.mark.expect_log("died of signal 9")
+def test_another_worker_takes_over_while_writes_wait(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TAKEOVER_VARIABLE, "auto")
+    if not keeping.is_possible():
+        pytest.skip("takeovers need Linux 6.9")
+    full: Mount = request.getfixturevalue("full")
+    server = MountedServer(full, postgres_bindir(newest_major(full)))
+    server.start("-c", "shared_buffers=128MB", "-c", "max_wal_size=4GB", "-c", "autovacuum=off")
+    fill(full, 8)
+    server.sql("update t set i = i + 1")
+    checkpoint = server.begin("psql", "-XAtqc", "checkpoint")
+    wait_until(lambda: waiting(full) > 0, 60)
+
+    worker = psutil.Process(control.call(full.diff, "ping")["pid"])
+    worker.kill()
+    assert control.call(full.diff, "ping", timeout_s=60)["pid"] != worker.pid
+    wait_until(lambda: waiting(full) > 0, 60)
+    assert checkpoint.poll() is None
+    assert server.sql("insert into u values (2)", "select sum(i) from u") == "3"
+    resize(full, 256)
+    assert checkpoint.wait(60) == 0
+    wait_until(lambda: waiting(full) == 0)
+    assert "PANIC" not in full.server_log.read_text()
+    server.check_cluster()
+    server.stop()
+    full.unmount()
 
 
 def test_growth_is_refused_honestly(full: Mount) -> None:
