@@ -17,6 +17,14 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+/* Since Linux 5.14, later than some libraries. */
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+/* No request but a write is longer, or matters. */
+#define SMALL_REQUEST 16384
+
 #define MIN_READERS 4u
 #define DEFAULT_FSYNC 4u
 
@@ -233,18 +241,37 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
 
 /*
  * The kernel copies requests into this buffer. Were a page of it missing when the process is killed, the copy would fail, and
- * with it the request of somebody who shall not notice. So all pages are there from the begin, and no fork write-protects them;
- * that they are locked is not allowed to everybody, and without swap it makes no difference.
+ * with it the request of somebody who shall not notice. So the pages are there before, and no fork write-protects them; that they
+ * are locked is not allowed to everybody, and without swap it makes no difference. But only a write needs more than the first few,
+ * and these are megabytes: see pbk_expect_writes.
  */
+static void keep_present(struct pbk_worker *worker, size_t length)
+{
+    madvise(worker->buffer, length, MADV_POPULATE_WRITE);
+    mlock(worker->buffer, length);
+}
+
+void pbk_expect_writes(struct pbk_dispatcher *d)
+{
+    if (atomic_load_explicit(&d->expects_writes, memory_order_relaxed))
+        return;
+    pthread_mutex_lock(&d->opening.lock);
+    if (!atomic_load(&d->expects_writes)) {
+        for (unsigned i = 0; i < d->n_readers; i++)
+            keep_present(&d->readers[i], PBK_FUSE_BUFFER);
+        atomic_store(&d->expects_writes, true);
+    }
+    pthread_mutex_unlock(&d->opening.lock);
+}
+
 static int map_buffer(struct pbk_worker *worker)
 {
-    void *buffer =
-        mmap(NULL, PBK_FUSE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    void *buffer = mmap(NULL, PBK_FUSE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (buffer == MAP_FAILED)
         return -errno;
     worker->buffer = buffer;
     madvise(buffer, PBK_FUSE_BUFFER, MADV_DONTFORK);
-    mlock(buffer, PBK_FUSE_BUFFER);
+    keep_present(worker, SMALL_REQUEST);
     return 0;
 }
 
@@ -286,10 +313,14 @@ static int start_threads(struct pbk_dispatcher *d)
         d->n_pool_running++;
         pthread_setname_np(worker->thread, "pbk-pool");
     }
+    for (unsigned i = 0; i < d->n_readers; i++)
+        if ((error = worker_init(d, &d->readers[i], true)))
+            return error;
+    if (d->is_taken_over)
+        pbk_expect_writes(d);
     for (unsigned i = 0; i < d->n_readers; i++) {
         struct pbk_worker *worker = &d->readers[i];
-        if ((error = -worker_init(d, worker, true)) ||
-            (error = pthread_create(&worker->thread, NULL, pbk_reader_main, worker)))
+        if ((error = pthread_create(&worker->thread, NULL, pbk_reader_main, worker)))
             return -error;
         d->n_readers_running++;
         pthread_setname_np(worker->thread, "pbk-reader");

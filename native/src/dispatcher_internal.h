@@ -146,6 +146,7 @@ struct pbk_dispatcher {
     unsigned n_readers, n_fsync;
     int hold_s;
     bool is_taken_over; /* from a process that had it before */
+    _Atomic bool expects_writes;
 
     _Atomic bool is_stopping;
     _Atomic bool is_gone;
@@ -174,6 +175,8 @@ static inline void pbk_count(_Atomic uint64_t *counter, uint64_t n)
 /* dispatcher.c */
 /* The connection is taken over: has the kernel send again what nobody has answered, and lets the readers begin. */
 void pbk_dispatcher_open(struct pbk_dispatcher *);
+/* To be called before the answer to whoever opens a file to write to it: makes the readers' buffers ready for long requests. */
+void pbk_expect_writes(struct pbk_dispatcher *);
 /* To be called first by a thread that moves data. */
 void pbk_worker_begin(void);
 void pbk_dispatcher_log(struct pbk_dispatcher *, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -6,6 +6,7 @@
 #include "dispatcher_internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -179,6 +180,15 @@ static void forward_cold(struct pbk_dispatcher *d, struct fuse_in_header *header
     pbk_forward(d, message, length, NULL);
 }
 
+static bool opens_to_write(const struct fuse_in_header *header, const unsigned char *body)
+{
+    struct fuse_open_in in;
+    if (header->opcode != FUSE_OPEN || header->len < sizeof *header + sizeof in)
+        return header->opcode == FUSE_CREATE;
+    memcpy(&in, body, sizeof in);
+    return (in.flags & O_ACCMODE) != O_RDONLY;
+}
+
 static void take_request(struct pbk_worker *worker, size_t length)
 {
     struct pbk_dispatcher *d = worker->dispatcher;
@@ -193,6 +203,8 @@ static void take_request(struct pbk_worker *worker, size_t length)
         pbk_reply(d, header.unique, -EIO, NULL, 0);
         return;
     }
+    if (opens_to_write(&header, worker->buffer + sizeof header))
+        pbk_expect_writes(d);
     uint32_t slot = header.opcode < PBK_N_OPCODES ? header.opcode : 0;
     if (pbk_answer_hot(worker, &header, worker->buffer + sizeof header, length - sizeof header)) {
         pbk_count(&d->counters.native[slot], 1);
