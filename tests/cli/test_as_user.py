@@ -6,6 +6,7 @@ Run by root, these tests become the user ``nobody`` in a mount namespace of thei
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ from fix_place import Place
 from machine import ROOT, mounts_of, open_to_everybody, own_mounts
 
 from pbkfs import errors
+from pbkfs.config import TAKEOVER_VARIABLE
+from pbkfs.mount import keeping
 
 UID = 65534
 
@@ -106,6 +109,38 @@ def test_life_of_a_users_mount(user_at: UserPlace) -> None:
     assert user_at.pbkfs("unmount", "-D", user_at.mnt).returncode == 0
     assert user_at.pbkfs("mount", "-D", user_at.mnt, "-d", user_at.diff).returncode == 0
     assert user_at.sh('cat "$1/file"').stdout == "hello\n"
+
+
+@pytest.mark.expect_log("died of signal 9|was replaced")
+def test_worker_of_a_users_mount_dies(user_at: UserPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs root to go on."""
+    monkeypatch.setenv(TAKEOVER_VARIABLE, "auto")
+    if not keeping.is_possible():
+        pytest.skip("takeovers need Linux 6.9")
+    base = ["--empty", "-D", user_at.mnt, "-d", user_at.diff]
+    assert user_at.pbkfs("mount", *base, "--wait").returncode == 0
+    script = 'cd "$1"; echo before > file; rm -f gone; exec 3> gone; rm gone; echo ready; '
+    script += "read word; echo $word > file; echo open >&3; cat file; cd /"
+    holder = subprocess.Popen(
+        [*user_at.enter, *user_at.become, "sh", "-ec", script, "sh", str(user_at.mnt)],
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        before = json.loads(user_at.pbkfs("stat", "-D", user_at.mnt, "--format", "json").stdout)
+        os.kill(before["pid"], signal.SIGKILL)
+        said, _ = holder.communicate("after\n", timeout=60)
+        assert said == "after\n"
+        assert holder.returncode == 0
+    done = user_at.pbkfs("upgrade", "-D", user_at.mnt)
+    assert done.returncode == 0, done.stderr
+    assert user_at.sh('cat "$1/file"').stdout == "after\n"
+    assert user_at.pbkfs("unmount", "-D", user_at.mnt).returncode == 0
+    assert user_at.pbkfs("check", "-d", user_at.diff).returncode == 0
 
 
 JOURNALD = """
