@@ -418,3 +418,25 @@ def test_number_that_comes_again_is_another_request(memory: Path) -> None:
     finally:
         kernel.stop()
         os.close(kernel.ledger_fd)
+
+
+def test_removed_file_of_a_sealed_layer_gives_its_space_back(memory: Path) -> None:
+    """In use over a seal and a death: then nobody writes the journal of its layer any more."""
+    lower = memory / "lower"
+    lower.mkdir()
+    make_lower(lower)
+    kernel = _Kernel(lower, memory / "diff", 1)
+    try:
+        ino = kernel.ask("create", 1, b"new")
+        kernel.ask("write", ino, 0, b"x" * PAGE)
+        kernel.ask("unlink", 1, b"new")
+        kernel.ask("seal")
+        kernel.ask("create", 1, b"other", die=1)
+        assert kernel.n_deaths > 0
+        assert kernel.ask("read", ino) == b"x" * PAGE
+        assert kernel.ask("reap", {ino}) == 1
+        kernel.ask("forget", ino, 1)
+        assert kernel.ask("reap", set()) == 0
+    finally:
+        kernel.stop()
+        os.close(kernel.ledger_fd)
