@@ -120,10 +120,10 @@ def _force_worker(target: Target, owner: Owner, kill_after_s: float) -> None:
     if wait_gone(owner, kill_after_s):
         return
     _signal(owner, signal.SIGKILL)
-    if wait_gone(owner, kill_after_s):
-        return
+    is_gone = wait_gone(owner, kill_after_s)
+    # A keeper is gone at once, and its worker hangs perhaps.
     _abort(target)
-    if not wait_gone(owner, kill_after_s):
+    if not is_gone and not wait_gone(owner, kill_after_s):
         raise TimedOutError(
             f"worker {owner.pid} does not die, not even of SIGKILL",
             hint="It hangs in the kernel, perhaps on a disk; see its state in ps.",
