@@ -40,7 +40,7 @@ from pbkfs.mount import (
 from pbkfs.mount.binding import Binding
 from pbkfs.mount.flattening import Restacker
 from pbkfs.mount.hydrating import Hydrator
-from pbkfs.mount.keeping import Link, Taken
+from pbkfs.mount.keeping import EXIT_REFUSED, Link, Taken
 from pbkfs.mount.opening import OpenMount, host_errors, now
 from pbkfs.mount.owner import host_name, this_process
 from pbkfs.mount.report import ReportWriter, error_to_fields
@@ -92,7 +92,7 @@ def run(
         return worker.run()
     except BaseException as caught:
         error = _unwrap(caught)
-        if worker.is_armed:
+        if worker.is_armed and not worker.is_ending:
             worker.fail(error)
         # A new diff goes away with its log, so the reader of the report gets the traceback.
         if isinstance(error, PbkfsError):
@@ -106,6 +106,8 @@ def run(
             else:
                 opened.abandon()
         report.send("error", **error_to_fields(error))
+        if worker.is_ending:
+            return EXIT_REFUSED
         return error.exit_code if isinstance(error, PbkfsError) else 1
     finally:
         logging.shutdown()
@@ -114,6 +116,7 @@ def run(
 def run_taken(taken: Taken) -> int:
     """Serve the mount of a worker that has died until it is unmounted; returns the exit code."""
     logging.getLogger().addHandler(logging.NullHandler())
+    worker: Worker | None = None
     try:
         numbers = takeover.read_numbers(taken.fds)
         options = takeover.log_options(numbers.meta)
@@ -130,9 +133,10 @@ def run_taken(taken: Taken) -> int:
         error = _unwrap(caught)
         if isinstance(error, PbkfsError):
             logger.error("cannot take over: %s", error.message)
-            return error.exit_code if isinstance(error, takeover.RefusedError) else 1
-        logger.critical("worker failed", exc_info=error)
-        return 1
+        else:
+            logger.critical("worker failed", exc_info=error)
+        is_over = worker is not None and worker.is_ending
+        return EXIT_REFUSED if is_over or isinstance(error, takeover.RefusedError) else 1
     finally:
         logging.shutdown()
 
@@ -155,6 +159,8 @@ class Worker:
         self.taken: Taken | None = None
         self._devices: set[int] = set()
         self.is_armed = False
+        self.is_ending = False
+        """It is unmounted; what fails now is not to be tried again by somebody who forgot why."""
         # The process that has the mount for as long as it lasts.
         self.owner_pid = os.getpid() if link is None else link.pid
         self.was_ready = False
@@ -226,6 +232,7 @@ class Worker:
 
     def _end(self) -> int:
         """Make everything durable and give the diff back."""
+        self.is_ending = True
         opened = self.opened
         opened.close()
         self._drain_log()
