@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ def worker_of(mount: Mount) -> int:
 def kill_worker(mount: Mount) -> None:
     """SIGKILL the process that serves the mount, and wait until another one does."""
     pid = worker_of(mount)
+    # Five deaths in a row with less service are taken for a fault that stays.
+    time.sleep(1.1)
     worker = psutil.Process(pid)
     worker.send_signal(signal.SIGKILL)
     psutil.wait_procs([worker], timeout=30)
