@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fix_trunks import Heads
 
+_N_BRANCHES = int(os.environ.get("PBKFS_TEST_BRANCHES", "4"))
+
 
 @pytest.fixture
 def prod(heads: Heads, pgdata_template: Path) -> Heads:
@@ -206,14 +208,37 @@ def test_sizes_add_up(prod: Heads) -> None:
     prod.sql("b", "create table big as select generate_series(1, 20000) as n", "checkpoint")
     prod.run("branch", "stop", "b")
     prod.run("branch", "stop", "a")
+    sizes = _check_sizes_of_what_has_stopped(prod)
+    assert sizes["b"] > sizes["a"] + 700_000
+
+
+@pytest.mark.timeout(120 + 15 * _N_BRANCHES)
+def test_many_of_one_trunk_run_together(prod: Heads) -> None:
+    """As many as ``PBKFS_TEST_BRANCHES`` says."""
+    names = [f"b{number}" for number in range(_N_BRANCHES)]
+    for number, name in enumerate(names):
+        prod.branch(name, "prod")
+        prod.sql(name, f"insert into t values ({100 + number})")
+    for number, name in enumerate(names):
+        assert prod.sql(name, "select string_agg(n::text, ',' order by n) from t") == (
+            f"1,{100 + number}"
+        )
+    views = prod.json("branch", "list")["branches"]
+    assert {view["name"] for view in views if view["status"] == "running"} == set(names)
+    for name in names:
+        prod.run("branch", "stop", name)
+    assert set(_check_sizes_of_what_has_stopped(prod)) == {*names, "prod"}
+
+
+def _check_sizes_of_what_has_stopped(prod: Heads) -> dict[str, int]:
+    """Stop the trunk; what is said of all heads is what ``du`` finds. Returns own bytes by name."""
     prod.run("trunk", "stop", "prod")
     views = [*prod.json("branch", "list")["branches"], *prod.json("trunk", "list")["trunks"]]
     shared = prod.json("status")["shared_bytes"]
     top = sum((prod.layout.root / n).stat().st_blocks * 512 for n in ("heads", "layers", "points"))
     secrets = sum(p.stat().st_blocks * 512 for p in (prod.layout.root / "secrets").iterdir())
     assert sum(view["own_bytes"] for view in views) + shared + top - secrets == prod.disk_bytes()
-    sizes = {view["name"]: view["own_bytes"] for view in views}
-    assert sizes["b"] > sizes["a"] + 700_000
+    return {view["name"]: view["own_bytes"] for view in views}
 
 
 def test_status_and_log(prod: Heads) -> None:
