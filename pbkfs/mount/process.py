@@ -64,7 +64,10 @@ def raise_descriptor_limit() -> None:
 
 
 def write_pid_file(path: Path | None) -> None:
-    """Write this process's pid to ``path``, if there is one. Raises HostError."""
+    """Write this process's pid to ``path``, if there is one; not through a symbolic link.
+
+    Raises HostError.
+    """
     if path is None:
         return
     try:
@@ -88,7 +91,7 @@ def remove_pid_file(path: Path | None) -> None:
 
 def _open_public(path: str, flags: int) -> int:
     # The worker's umask is 0, for the modes of the files it serves.
-    return os.open(path, flags, 0o644)
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 def sync_mount(path: Path) -> None:

@@ -24,7 +24,16 @@ from typing import TYPE_CHECKING, Any
 import pbkfs
 from pbkfs.config import START_LIMIT_S
 from pbkfs.errors import BusyError, PbkfsError
-from pbkfs.mount import binding, control, holders, mounts, process, statistics, wal
+from pbkfs.mount import (
+    binding,
+    control,
+    holders,
+    mounts,
+    privileges,
+    process,
+    statistics,
+    wal,
+)
 from pbkfs.mount.binding import Binding
 from pbkfs.mount.flattening import Restacker
 from pbkfs.mount.hydrating import Hydrator
@@ -214,6 +223,7 @@ class Worker:
                     if opened.place.dead is not None:
                         self._clear_dead_mount()
                     session.mount()
+                    privileges.drop()  # before there are threads that would keep them
                     await nursery.start(session.serve)
                     nursery.start_soon(_guarded, control.serve, server, self._handlers())
                     nursery.start_soon(_guarded, self._pump_log)
