@@ -380,6 +380,9 @@ class Branches:
         head = self._life.find(name, "branch")
         expires_at = _moment_after(lifetime)
         with self._life.store.transaction() as tx:
+            found = tx.get(head.id)
+            if found is None or found.status == "deleting":
+                raise WrongStateError(f"branch {name!r} is deleting")
             tx.update(head.id, expires_at=expires_at)
             tx.record(head, "extended", f"until {expires_at}" if expires_at else "for ever")
         return self._life.view_one(self._life.reload(head))
@@ -410,6 +413,23 @@ class Branches:
             gone = self._destroy(head, recursive=recursive, say=say)
         life.collect()
         return gone
+
+    def expire(self, head_id: str) -> bool:
+        """Remove a branch whose time to live is over, and tell whether that was to be done.
+
+        One that has more time by now stays, and one that others were branched from. Raises
+        BusyError at once where another operation is at work on it.
+        """
+        life = self._life
+        with life.locks.hold(head_id, what="a branch", wait_s=0):
+            with life.store.transaction() as tx:
+                head = tx.get(head_id)
+                if head is None or not head.is_expired(now()) or tx.children(head_id):
+                    return False
+                tx.update(head_id, status="deleting", operation="destroy")
+            life.erase(head)
+        life.collect()
+        return True
 
     def _destroy(self, head: Head, *, recursive: bool, say: Say) -> list[str]:
         life = self._life

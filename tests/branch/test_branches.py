@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from fix_trunks import Heads
 
+from pbkfs.branch.service import open_service
+from pbkfs.branch.settings import read_settings
+from pbkfs.branch.store import now
+
 _N_BRANCHES = int(os.environ.get("PBKFS_TEST_BRANCHES", "4"))
 
 
@@ -157,6 +161,21 @@ def test_ttl(prod: Heads) -> None:
     assert "Expires: never" in prod.run("branch", "extend", "long", "never").stdout
     assert prod.info("long")["expires_at"] is None
     assert prod.fail(2, "branch", "extend", "long", "soon") == "duration 'soon' is not understood"
+
+
+def test_branch_that_gets_more_time_when_it_is_over(prod: Heads) -> None:
+    made = prod.branch("a", "prod", "--ttl", "1h")
+    with open_service(read_settings({**os.environ, **prod.env})) as service:
+        with service.life.locks.hold(made["id"], what="another operation on it"):
+            service.store.update(made["id"], expires_at=now())
+            # Whoever works on it is not waited for, by no command.
+            assert prod.names() == ["a"]
+            prod.run("branch", "extend", "a", "2h")
+        # A reaper that had found it before asks again.
+        assert not service.branches.expire(made["id"])
+        service.store.update(made["id"], expires_at=now())
+    assert prod.names() == []
+    assert prod.leftovers() == []
 
 
 def test_names_tags_and_filters(prod: Heads) -> None:
