@@ -78,6 +78,20 @@ def test_trunk_stop_leaves_branches_alone(heads: Heads, pgdata_template: Path) -
     assert "is stopped" in heads.fail(8, "trunk", "connect", "prod", "--uri")
 
 
+def test_destroy_asks_and_takes_yes_for_all_that_it_named(
+    heads: Heads, pgdata_template: Path
+) -> None:
+    heads.trunk("prod", pgdata_template)
+    heads.branch("a", "prod")
+    assert heads.on_terminal("n", "trunk", "destroy", "prod")[0] == 130
+    assert heads.names() == ["a"]
+    code, said = heads.on_terminal("y", "trunk", "destroy", "prod")
+    assert "Destroy trunk 'prod' and all that was branched from it (a)? [y/N]:" in said
+    assert code == 0, said
+    assert heads.json("trunk", "list")["trunks"] == []
+    assert heads.leftovers() == []
+
+
 def test_refresh(heads: Heads, pgdata_template: Path, stopped_cluster: Path) -> None:
     heads.trunk("prod", pgdata_template)
     heads.sql("prod", "create table old ()", kind="trunk")
