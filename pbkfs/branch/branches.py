@@ -75,9 +75,9 @@ class Branches:
         MaxBranchesError, MaxDepthError, InsufficientResourcesError and others.
         """
         life = self._life
-        name = check_name(name) if name else make_name()
-        lifetime = parse_ttl(ttl) if ttl else None
-        idle_stop_s = parse_idle_stop(idle_stop) if idle_stop else None
+        name = make_name() if name is None else _check_branch_name(name)
+        lifetime = None if ttl is None else parse_ttl(ttl)
+        idle_stop_s = None if idle_stop is None else parse_idle_stop(idle_stop)
         limits = parse_limits(cpu, memory)
         life.serving.cgroups.check(limits)
         tags = [check_tag(tag) for tag in tags]
@@ -356,7 +356,7 @@ class Branches:
 
     def rename(self, name: str, new_name: str) -> HeadView:
         """Give a branch another name; nothing else changes, its server runs on."""
-        check_name(new_name)
+        _check_branch_name(new_name)
         life = self._life
         with life.locked(name, "branch") as head, life.store.transaction() as tx:
             other = tx.find(new_name)
@@ -453,6 +453,16 @@ class Branches:
         say(f"destroying {head.name}")
         life.erase(head)
         return [*gone, head.name]
+
+
+def _check_branch_name(name: str) -> str:
+    """Return ``name`` if a branch can have it. Raises InvalidNameError, NameConflictError."""
+    if check_name(name) == MAIN:
+        # Wherever nothing else is named the default trunk is meant, which may not be there yet.
+        raise NameConflictError(
+            f"{name!r} is the default trunk's name", hint="Choose another name for the branch."
+        )
+    return name
 
 
 def say_nothing_at_all(say: Say) -> None:

@@ -204,7 +204,14 @@ def test_refusals(prod: Heads, place: Path) -> None:
         "trunk or branch 'nope' does not exist"
     )
     assert "is no name" in prod.fail(2, "branch", "create", "No Good", "-f", "prod")
+    # That of a trunk that is not there yet.
+    for command in (("create", "main", "-f", "prod"), ("rename", "a", "main")):
+        assert prod.fail(8, "branch", *command) == "'main' is the default trunk's name"
     assert "duration" in prod.fail(2, "branch", "create", "b", "-f", "prod", "--ttl", "2 moons")
+    # What a script's empty variable says is not the default.
+    assert "is no name" in prod.fail(2, "branch", "create", "", "-f", "prod")
+    for option in ("--ttl", "--idle-stop"):
+        assert "duration ''" in prod.fail(2, "branch", "create", "b", "-f", "prod", option, "")
     assert "1 branches" in prod.fail(
         9, "branch", "create", "b", "-f", "prod", PBKFS_MAX_BRANCHES="1"
     )
