@@ -5,6 +5,7 @@ Blocking, any thread. What a crash leaves is finished or undone by ``reconcile``
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import stat
@@ -356,45 +357,61 @@ class Branches:
 
     def rename(self, name: str, new_name: str) -> HeadView:
         """Give a branch another name; nothing else changes, its server runs on."""
-        _check_branch_name(new_name)
-        life = self._life
-        with life.locked(name, "branch") as head, life.store.transaction() as tx:
-            other = tx.find(new_name)
-            if other is not None and other.id != head.id:
-                raise NameConflictError(f"a {other.kind} named {new_name!r} exists already")
-            tx.update(head.id, name=new_name)
-            tx.record(head, "renamed", f"to {new_name}")
-        return life.view_one(head)
+        return self.change(name, new_name=new_name)
 
     def tag(self, name: str, tags: Sequence[str], *, remove: bool = False) -> HeadView:
         """Add tags to a branch, or remove them."""
-        tags = [check_tag(tag) for tag in tags]
-        head = self._life.find(name, "branch")
-        with self._life.store.transaction() as tx:
-            (tx.remove_tags if remove else tx.add_tags)(head.id, tags)
-        return self._life.view_one(head)
+        return self.change(name, remove_tags=tags) if remove else self.change(name, add_tags=tags)
 
     def extend(self, name: str, ttl: str) -> HeadView:
         """Let a branch live for ``ttl`` from now, or without an end: ``never``."""
-        lifetime = parse_ttl(ttl)
-        head = self._life.find(name, "branch")
-        expires_at = _moment_after(lifetime)
-        with self._life.store.transaction() as tx:
-            found = tx.get(head.id)
-            if found is None or found.status == "deleting":
-                raise WrongStateError(f"branch {name!r} is deleting")
-            tx.update(head.id, expires_at=expires_at)
-            tx.record(head, "extended", f"until {expires_at}" if expires_at else "for ever")
-        return self._life.view_one(self._life.reload(head))
+        return self.change(name, ttl=ttl)
 
     def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
         """Let a branch be stopped after so long without a client, or ``never``."""
-        idle_stop_s = parse_idle_stop(idle_stop)
-        head = self._life.find(name, "branch")
-        with self._life.store.transaction() as tx:
-            tx.update(head.id, idle_stop_s=idle_stop_s)
-            tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
-        return self._life.view_one(self._life.reload(head))
+        return self.change(name, idle_stop=idle_stop)
+
+    def change(
+        self,
+        name: str,
+        *,
+        new_name: str | None = None,
+        ttl: str | None = None,
+        idle_stop: str | None = None,
+        add_tags: Sequence[str] = (),
+        remove_tags: Sequence[str] = (),
+    ) -> HeadView:
+        """Change what is named of a branch: all of it, or nothing if one part is not possible."""
+        if new_name is not None:
+            _check_branch_name(new_name)
+        expires_at = None if ttl is None else _moment_after(parse_ttl(ttl))
+        idle_stop_s = None if idle_stop is None else parse_idle_stop(idle_stop)
+        for tag in (*add_tags, *remove_tags):
+            check_tag(tag)
+        life = self._life
+        with contextlib.ExitStack() as stack:
+            # Whoever works on a branch may rely on its name alone.
+            locked = contextlib.nullcontext(life.find(name, "branch"))
+            head = stack.enter_context(locked if new_name is None else life.locked(name, "branch"))
+            tx = stack.enter_context(life.store.transaction())
+            found = tx.get(head.id)
+            if found is None or found.status == "deleting":
+                raise WrongStateError(f"branch {name!r} is deleting")
+            tx.add_tags(head.id, add_tags)
+            tx.remove_tags(head.id, remove_tags)
+            if ttl is not None:
+                tx.update(head.id, expires_at=expires_at)
+                tx.record(head, "extended", f"until {expires_at}" if expires_at else "for ever")
+            if idle_stop is not None:
+                tx.update(head.id, idle_stop_s=idle_stop_s)
+                tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
+            if new_name is not None:
+                other = tx.find(new_name)
+                if other is not None and other.id != head.id:
+                    raise NameConflictError(f"a {other.kind} named {new_name!r} exists already")
+                tx.update(head.id, name=new_name)
+                tx.record(head, "renamed", f"to {new_name}")
+        return life.view_one(head)
 
     def destroy(
         self,
