@@ -188,6 +188,9 @@ def test_names_tags_and_filters(prod: Heads) -> None:
     assert table[0].split()[:5] == ["NAME", "STATUS", "PARENT", "AGE", "SIZE"]
     assert [line.split()[0] for line in table[1:]] == ["a"]
     assert prod.json("branch", "list", "-s", "stopped")["total"] == 0
+    assert prod.json("branch", "list", "-s", "Running")["total"] == 2
+    assert "'nonsense' is not one of" in prod.fail(2, "branch", "list", "-s", "nonsense")
+    assert "--tree shows all" in prod.fail(2, "branch", "list", "--tree", "-t", "y")
     assert prod.json("branch", "list", "-p", "prod")["total"] == 2
     prod.run("branch", "rename", "a", "b")
     assert prod.sql("b", "select n from t") == "1"
