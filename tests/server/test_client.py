@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fix_mounts import run_pbkfs
-from fix_postgres import free_port
+from fix_postgres import free_port, wait_until
 from fix_web import TOKEN, Daemon
 
 from pbkfs.cli.pgbranch import translate
@@ -105,6 +105,21 @@ def test_trunks_and_status(remote: Remote, pgdata_template: Path) -> None:
     remote.run("trunk", "start", "prod")
     remote.run("trunk", "destroy", "prod", "--yes")
     assert remote.served.names("trunks") == ["main"]
+
+
+def test_what_it_shows_is_what_is_shown_without_a_daemon(remote: Remote) -> None:
+    remote.served.branch("a")
+    remote.served.post("branches/a/stop")  # sizes stay as they are, then
+    remote.served.post("trunks/main/stop")
+    for command in (["status"], ["branch", "list"], ["branch", "info", "a"], ["trunk", "info"]):
+
+        def is_the_same(words: list[str] = command) -> bool:
+            found = json.loads(remote.run(*words, "-o", "json"))
+            found.pop("uptime_seconds", None)
+            return bool(found == remote.served.heads.json(*words))
+
+        wait_until(is_the_same)  # the daemon's sizes may be of some seconds ago
+    remote.served.post("trunks/main/start")
 
 
 def test_over_the_socket(remote: Remote) -> None:
