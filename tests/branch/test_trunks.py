@@ -23,6 +23,16 @@ def test_default_trunk_is_made_when_it_is_needed(heads: Heads) -> None:
     assert "can't be destroyed" in heads.fail(8, "trunk", "destroy", "main", "--yes")
 
 
+def test_role_and_database_of_the_settings(heads: Heads) -> None:
+    heads.env |= {"PGBRANCH_DEFAULT_PG_USER": "boss", "PBKFS_DEFAULT_PG_DB": "my Shop"}
+    made = heads.json("trunk", "create", "shop", "--empty", "--no-start")
+    assert made["database"] == "my Shop"
+    heads.branch("a", "shop")
+    assert heads.sql("a", "select current_user, current_database()") == "boss|my Shop"
+    heads.run("trunk", "start", "shop")
+    assert heads.sql("shop", "select current_database()", kind="trunk") == "my Shop"
+
+
 def test_trunk_of_a_backup(heads: Heads, catalog_store: CatalogStore) -> None:
     made = heads.json(
         "trunk",
