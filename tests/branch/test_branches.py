@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -287,6 +289,47 @@ def test_status_and_log(prod: Heads) -> None:
                   "Connection"):  # fmt: skip
         assert f"{label}:" in out
     assert 'name: "a"' in prod.run("branch", "info", "a", "-o", "yaml").stdout
+
+
+def test_connect(prod: Heads, tmp_path: Path) -> None:
+    prod.branch("a", "prod")
+    uri = prod.uri("a")
+    # What the environment says of other servers is not for this one.
+    env = {"PATH": f"{prod.programs.bindir}:{os.environ['PATH']}", "PGUSER": "nobody"}
+    for command in (
+        ("branch", "connect", "a"),
+        ("branch", "connect", "--psql", "a"),
+        ("branch", "create", "--from", "a", "--connect"),
+        ("trunk", "connect", "prod", "--psql"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "pbkfs", *command],
+            env={**os.environ, **prod.env, **env},
+            input="select 'as ' || current_user || ' with ' || count(*) from t;\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "as postgres with 1" in done.stdout
+    (tmp_path / "bin").mkdir()
+    without = {"PATH": str(tmp_path / "bin")}
+    assert prod.run("branch", "connect", "a", **without).stdout.strip() == uri
+    assert prod.fail(10, "branch", "connect", "a", "--psql", **without) == (
+        "there is no psql on PATH"
+    )
+    prod.run("branch", "stop", "a")
+    assert prod.fail(8, "branch", "connect", "a") == "branch 'a' is stopped"
+
+
+def test_colours_are_for_terminals_that_want_them(prod: Heads) -> None:
+    prod.branch("a", "prod")
+    green = "\x1b[32mrunning\x1b[0m"
+    for command in (("list",), ("list", "--tree"), ("info", "a")):
+        assert green in prod.on_terminal("", "branch", *command)[1]
+        assert "\x1b" not in prod.on_terminal("", "branch", *command, NO_COLOR="1")[1]
+        assert "\x1b" not in prod.on_terminal("", "branch", *command, "--no-color")[1]
+        assert "\x1b" not in prod.run("branch", *command).stdout
 
 
 def test_a_reset_that_failed_comes_first(prod: Heads) -> None:
