@@ -150,12 +150,17 @@ def test_pgbranch(remote: Remote) -> None:
     assert "Branches: 1 running" in remote.pgbranch(*place, "--no-color", "-v", "status")
     assert json.loads(remote.pgbranch(*place, "status", "-o", "json"))["branches_running"] == 1
     remote.pgbranch(*place, "rm", "a", "-y")
+    remote.pgbranch(*place, "create", "b", "--wait=false")
+    remote.served.wait_for("b", "running")
+    remote.pgbranch(*place, "delete", "b", "--yes")
     assert remote.served.names() == []
 
 
 def test_translation_of_pgbranch() -> None:
     output = {"PBKFS_OUTPUT": "json"}
     assert translate(["create", "a", "--output=json"]) == (["branch", "create", "a"], output)
+    for word, expected in (("--wait=false", "--no-wait"), ("-w=0", "--no-wait"), ("-w", "-w")):
+        assert translate(["create", word]) == (["branch", "create", expected], {})
     assert translate(["trunk", "info"]) == (["trunk", "info"], {})
     assert translate(["--help"]) == (["--help"], {})
     assert translate(["info", "--", "-o", "x"]) == (["branch", "info", "--", "-o", "x"], {})
