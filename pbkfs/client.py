@@ -60,7 +60,7 @@ class RemoteService:
             branches_stopped=found["branches_stopped"],
             branches_total=found["branches_total"],
             storage_used_bytes=found["storage_used_bytes"],
-            shared_bytes=0,
+            shared_bytes=found["shared_bytes"],
             status=found["status"],
             uptime_s=found["uptime_seconds"],
         )

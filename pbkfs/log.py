@@ -97,11 +97,21 @@ def _journal_field(name: str, value: str) -> bytes:
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):
-    """A file that is opened again after a rotation; 0640, because a worker's umask is 0."""
+    """A file that is opened again after a rotation; 0640, because a worker's umask is 0.
+
+    Not through a symbolic link, which whoever may write to its directory could lead anywhere.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            # Where its directory has gone, say; each line tries anew.
+            self.handleError(record)
 
     def _open(self) -> TextIOWrapper:
         def opener(path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_CLOEXEC, 0o640)
+            return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
 
         file = open(  # noqa: SIM115 - the handler closes it
             self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=opener

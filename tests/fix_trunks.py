@@ -6,12 +6,15 @@ destroyed, and what can't be is a failure.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,8 +106,6 @@ class Heads:
 
     def spawn(self, *args: str, **env: str) -> subprocess.Popen[str]:
         """Start ``pbkfs ARGS`` beside the test."""
-        import sys
-
         return subprocess.Popen(
             [sys.executable, "-m", "pbkfs", *args],
             env={**os.environ, **self.env, **env},
@@ -113,6 +114,32 @@ class Heads:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def on_terminal(self, answer: str, *args: str, **env: str) -> tuple[int, str]:
+        """Run ``pbkfs ARGS`` on a terminal, where ``answer`` is typed if it asks something.
+
+        Returns the exit code and what the terminal showed.
+        """
+        ours, theirs = pty.openpty()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pbkfs", *args],
+                env={**os.environ, "TERM": "dumb", **self.env, **env},
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+                if b"[y/N]:" in chunk:
+                    os.write(ours, f"{answer}\n".encode())
+        os.close(ours)
+        return process.wait(60), shown.decode()
 
     def spawn_program(self, program: str, *args: str, **env: str) -> subprocess.Popen[bytes]:
         """Start a program of PostgreSQL beside the test."""

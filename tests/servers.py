@@ -14,27 +14,14 @@ from pathlib import Path
 from fix_mounts import Mount, run_pbkfs
 
 
-@dataclass
-class MountedServer:
-    """A server on ``mount``, of the binaries in ``bindir``."""
+class Clients:
+    """The programs in ``bindir`` as clients of a server at a port of the loopback."""
 
-    mount: Mount
     bindir: Path
-    uri: str = ""
-    port: int = 0
-    pid: int = 0
-
-    def start(self, *options: str) -> None:
-        """Start it; commits are durable whatever the cluster's own configuration says."""
-        run_pbkfs(
-            "start", "-D", self.mount.pgdata, "--pg-bindir", self.bindir, "-c", "fsync=on", *options
-        )
-        status = json.loads(run_pbkfs("status", "-D", self.mount.pgdata, "--format", "json").stdout)
-        self.uri, self.port, self.pid = status["uri"], status["port"], status["pid"]
-
-    def stop(self, *options: str) -> None:
-        """Stop it through the command line."""
-        run_pbkfs("stop", "-D", self.mount.pgdata, *options)
+    uri: str
+    port: int
+    limit_s = 300
+    """For each of them."""
 
     def environment(self) -> dict[str, str]:
         """The environment of a client tool."""
@@ -53,7 +40,7 @@ class MountedServer:
             env=self.environment(),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=self.limit_s,
             stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, f"{tool} {args}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -79,3 +66,26 @@ class MountedServer:
     def check_cluster(self) -> None:
         """Let pg_amcheck look at every heap and index."""
         self.run("pg_amcheck", "-a", "--install-missing", "--heapallindexed")
+
+
+@dataclass
+class MountedServer(Clients):
+    """A server on ``mount``, of the binaries in ``bindir``."""
+
+    mount: Mount
+    bindir: Path
+    uri: str = ""
+    port: int = 0
+    pid: int = 0
+
+    def start(self, *options: str) -> None:
+        """Start it; commits are durable whatever the cluster's own configuration says."""
+        run_pbkfs(
+            "start", "-D", self.mount.pgdata, "--pg-bindir", self.bindir, "-c", "fsync=on", *options
+        )
+        status = json.loads(run_pbkfs("status", "-D", self.mount.pgdata, "--format", "json").stdout)
+        self.uri, self.port, self.pid = status["uri"], status["port"], status["pid"]
+
+    def stop(self, *options: str) -> None:
+        """Stop it through the command line."""
+        run_pbkfs("stop", "-D", self.mount.pgdata, *options)

@@ -130,7 +130,7 @@ static void say(const char *format, ...)
     else
         length = snprintf(line, sizeof line, "%s.%03dZ ERROR   [%d] pbkfs.keeper: %s\n", moment, ms, pid, text);
     /* Not kept open, because logs are rotated. */
-    int fd = open(log_path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0640);
+    int fd = open(log_path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NOFOLLOW | O_NONBLOCK, 0640);
     if (fd < 0)
         return;
     ssize_t written = write(fd, line, (size_t)length);

@@ -5,6 +5,7 @@ Blocking, any thread. What a crash leaves is finished or undone by ``reconcile``
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import stat
@@ -75,9 +76,9 @@ class Branches:
         MaxBranchesError, MaxDepthError, InsufficientResourcesError and others.
         """
         life = self._life
-        name = check_name(name) if name else make_name()
-        lifetime = parse_ttl(ttl) if ttl else None
-        idle_stop_s = parse_idle_stop(idle_stop) if idle_stop else None
+        name = make_name() if name is None else _check_branch_name(name)
+        lifetime = None if ttl is None else parse_ttl(ttl)
+        idle_stop_s = None if idle_stop is None else parse_idle_stop(idle_stop)
         limits = parse_limits(cpu, memory)
         life.serving.cgroups.check(limits)
         tags = [check_tag(tag) for tag in tags]
@@ -356,42 +357,61 @@ class Branches:
 
     def rename(self, name: str, new_name: str) -> HeadView:
         """Give a branch another name; nothing else changes, its server runs on."""
-        check_name(new_name)
-        life = self._life
-        with life.locked(name, "branch") as head, life.store.transaction() as tx:
-            other = tx.find(new_name)
-            if other is not None and other.id != head.id:
-                raise NameConflictError(f"a {other.kind} named {new_name!r} exists already")
-            tx.update(head.id, name=new_name)
-            tx.record(head, "renamed", f"to {new_name}")
-        return life.view_one(head)
+        return self.change(name, new_name=new_name)
 
     def tag(self, name: str, tags: Sequence[str], *, remove: bool = False) -> HeadView:
         """Add tags to a branch, or remove them."""
-        tags = [check_tag(tag) for tag in tags]
-        head = self._life.find(name, "branch")
-        with self._life.store.transaction() as tx:
-            (tx.remove_tags if remove else tx.add_tags)(head.id, tags)
-        return self._life.view_one(head)
+        return self.change(name, remove_tags=tags) if remove else self.change(name, add_tags=tags)
 
     def extend(self, name: str, ttl: str) -> HeadView:
         """Let a branch live for ``ttl`` from now, or without an end: ``never``."""
-        lifetime = parse_ttl(ttl)
-        head = self._life.find(name, "branch")
-        expires_at = _moment_after(lifetime)
-        with self._life.store.transaction() as tx:
-            tx.update(head.id, expires_at=expires_at)
-            tx.record(head, "extended", f"until {expires_at}" if expires_at else "for ever")
-        return self._life.view_one(self._life.reload(head))
+        return self.change(name, ttl=ttl)
 
     def set_idle_stop(self, name: str, idle_stop: str) -> HeadView:
         """Let a branch be stopped after so long without a client, or ``never``."""
-        idle_stop_s = parse_idle_stop(idle_stop)
-        head = self._life.find(name, "branch")
-        with self._life.store.transaction() as tx:
-            tx.update(head.id, idle_stop_s=idle_stop_s)
-            tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
-        return self._life.view_one(self._life.reload(head))
+        return self.change(name, idle_stop=idle_stop)
+
+    def change(
+        self,
+        name: str,
+        *,
+        new_name: str | None = None,
+        ttl: str | None = None,
+        idle_stop: str | None = None,
+        add_tags: Sequence[str] = (),
+        remove_tags: Sequence[str] = (),
+    ) -> HeadView:
+        """Change what is named of a branch: all of it, or nothing if one part is not possible."""
+        if new_name is not None:
+            _check_branch_name(new_name)
+        expires_at = None if ttl is None else _moment_after(parse_ttl(ttl))
+        idle_stop_s = None if idle_stop is None else parse_idle_stop(idle_stop)
+        for tag in (*add_tags, *remove_tags):
+            check_tag(tag)
+        life = self._life
+        with contextlib.ExitStack() as stack:
+            # Whoever works on a branch may rely on its name alone.
+            locked = contextlib.nullcontext(life.find(name, "branch"))
+            head = stack.enter_context(locked if new_name is None else life.locked(name, "branch"))
+            tx = stack.enter_context(life.store.transaction())
+            found = tx.get(head.id)
+            if found is None or found.status == "deleting":
+                raise WrongStateError(f"branch {name!r} is deleting")
+            tx.add_tags(head.id, add_tags)
+            tx.remove_tags(head.id, remove_tags)
+            if ttl is not None:
+                tx.update(head.id, expires_at=expires_at)
+                tx.record(head, "extended", f"until {expires_at}" if expires_at else "for ever")
+            if idle_stop is not None:
+                tx.update(head.id, idle_stop_s=idle_stop_s)
+                tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
+            if new_name is not None:
+                other = tx.find(new_name)
+                if other is not None and other.id != head.id:
+                    raise NameConflictError(f"a {other.kind} named {new_name!r} exists already")
+                tx.update(head.id, name=new_name)
+                tx.record(head, "renamed", f"to {new_name}")
+        return life.view_one(head)
 
     def destroy(
         self,
@@ -410,6 +430,23 @@ class Branches:
             gone = self._destroy(head, recursive=recursive, say=say)
         life.collect()
         return gone
+
+    def expire(self, head_id: str) -> bool:
+        """Remove a branch whose time to live is over, and tell whether that was to be done.
+
+        One that has more time by now stays, and one that others were branched from. Raises
+        BusyError at once where another operation is at work on it.
+        """
+        life = self._life
+        with life.locks.hold(head_id, what="a branch", wait_s=0):
+            with life.store.transaction() as tx:
+                head = tx.get(head_id)
+                if head is None or not head.is_expired(now()) or tx.children(head_id):
+                    return False
+                tx.update(head_id, status="deleting", operation="destroy")
+            life.erase(head)
+        life.collect()
+        return True
 
     def _destroy(self, head: Head, *, recursive: bool, say: Say) -> list[str]:
         life = self._life
@@ -433,6 +470,16 @@ class Branches:
         say(f"destroying {head.name}")
         life.erase(head)
         return [*gone, head.name]
+
+
+def _check_branch_name(name: str) -> str:
+    """Return ``name`` if a branch can have it. Raises InvalidNameError, NameConflictError."""
+    if check_name(name) == MAIN:
+        # Wherever nothing else is named the default trunk is meant, which may not be there yet.
+        raise NameConflictError(
+            f"{name!r} is the default trunk's name", hint="Choose another name for the branch."
+        )
+    return name
 
 
 def say_nothing_at_all(say: Say) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 
 from pbkfs.branch.branches import Branches
-from pbkfs.branch.errors import HasChildrenError, UnknownHeadError
 from pbkfs.branch.store import Store, now
-from pbkfs.errors import PbkfsError
+from pbkfs.errors import BusyError, PbkfsError
 
 logger = logging.getLogger(__name__)
 
@@ -19,19 +18,18 @@ logger = logging.getLogger(__name__)
 def reap(store: Store, branches: Branches) -> list[str]:
     """Destroy all branches that have expired; returns their names.
 
-    One that others were branched from stays until those are gone.
+    One that others were branched from stays until those are gone, and one that is being worked on
+    until the next time.
     """
     moment = now()
-    expired = [
-        head
-        for head in store.heads("branch")
-        if head.expires_at is not None and head.expires_at <= moment
-    ]
     gone: list[str] = []
-    for head in reversed(expired):  # children before what they were made of
+    for head in reversed(store.heads("branch")):  # children before what they were made of
+        if not head.is_expired(moment):
+            continue
         try:
-            gone += branches.destroy(head.name)
-        except (HasChildrenError, UnknownHeadError):
+            if branches.expire(head.id):
+                gone.append(head.name)
+        except BusyError:
             continue
         except PbkfsError as error:
             logger.error("branch %s has expired and can't be removed: %s", head.name, error.message)

@@ -72,6 +72,10 @@ class Head:
     cpu_limit: float | None = None
     memory_limit_bytes: int | None = None
 
+    def is_expired(self, moment: str) -> bool:
+        """Return whether its time to live is over at ``moment``."""
+        return self.expires_at is not None and self.expires_at <= moment
+
 
 @dataclass(frozen=True, slots=True)
 class Point:

@@ -36,6 +36,7 @@ from pbkfs.postgres.account import Account, account_of, owner_of, write_for
 from pbkfs.postgres.binaries import Binaries, find_binaries, read_binaries
 from pbkfs.postgres.configuration import read_configuration
 from pbkfs.postgres.network import make_run_directory, remove_run_directory
+from pbkfs.postgres.query import quote_identifier
 
 _NEWEST_MAJOR, _OLDEST_MAJOR = 18, 14
 _LEVELS = ("minimal", "replica", "logical")
@@ -201,6 +202,8 @@ class Trunks:
                 "--auth-local=peer", "--auth-host=scram-sha-256", f"--pwfile={password_file}",
             ]  # fmt: skip
             _run(command, account, "initdb")
+            if head.pg_database not in ("postgres", "template1"):
+                _make_database(binaries, data_dir, account, head.pg_database)
         finally:
             remove_run_directory(data_dir, account)
         # The second mount takes WAL out of the file system.
@@ -449,12 +452,23 @@ def _default_account(owner: tuple[int, int] | None) -> Account:
     return account_of(entry.pw_uid, entry.pw_gid)
 
 
-def _run(command: list[str | Path], account: Account, what: str) -> None:
+def _make_database(binaries: Binaries, data_dir: Path, account: Account, name: str) -> None:
+    """Make a database in a cluster that is just made, without a server."""
+    # Source: src/bin/initdb/initdb.c, which makes its own databases like this.
+    command: list[str | Path] = [
+        binaries.bindir / "postgres", "--single", "-D", data_dir, "-F", "-j",
+        "-c", "exit_on_error=true", "template1",
+    ]  # fmt: skip
+    statement = f"CREATE DATABASE {quote_identifier(name)};\n\n"
+    _run(command, account, f"making database {name!r}", statement.encode())
+
+
+def _run(command: list[str | Path], account: Account, what: str, said: bytes = b"") -> None:
     done = subprocess.run(
         command,
         cwd="/",
         env={**account.environment(), "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
+        input=said,
         capture_output=True,
         check=False,
         umask=0o077,
@@ -462,8 +476,9 @@ def _run(command: list[str | Path], account: Account, what: str) -> None:
     )
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        said = next((line for line in lines if "error:" in line), lines[-1] if lines else "nothing")
-        raise PostgresError(f"{what} failed: {said.strip()}", hint="See what it needs above.")
+        last = lines[-1] if lines else "nothing"
+        why = next((line for line in lines if "error:" in line.lower()), last)
+        raise PostgresError(f"{what} failed: {why.strip()}", hint="See what it needs above.")
 
 
 def _run_with_progress(

@@ -9,6 +9,7 @@ import click
 from pbkfs.cli import heads
 from pbkfs.cli.heads import AliasGroup, complete_name, output_option, yes_option
 from pbkfs.cli.remote import api_url, remote_options
+from pbkfs.errors import UsageError
 from pbkfs.units import format_bytes, format_duration
 
 
@@ -102,13 +103,24 @@ def create(
 
 
 @command.command("list")
-@click.option("-s", "--status", metavar="STATUS", help="Only those in this state.")
+@click.option(
+    "-s",
+    "--status",
+    type=click.Choice(
+        ("creating", "starting", "running", "stopped", "error", "deleting"), case_sensitive=False
+    ),
+    help="Only those in this state.",
+)
 @click.option("-p", "--parent", metavar="NAME", help="Only those branched from this.")
 @click.option("-t", "--tag", metavar="TAG", help="Only those with this tag.")
 @click.option("--tree", is_flag=True, help="Show trunks, and what was branched from what.")
 @output_option
 def list_(status: str | None, parent: str | None, tag: str | None, tree: bool, output: str) -> None:
     """List branches. SIZE is what a branch has on disk, with what it shares with others."""
+    if tree and (status or parent or tag):
+        raise UsageError(
+            "--tree shows all trunks and branches", hint="Leave out --status, --parent and --tag."
+        )
     with heads.service() as service:
         if tree and output == "table":
             views = service.tree()

@@ -18,6 +18,9 @@ _WITH_VALUE = {
     "--output": "PBKFS_OUTPUT",
 }
 _SWITCHES = {"-v": "PBKFS_VERBOSE", "--verbose": "PBKFS_VERBOSE", "--no-color": "NO_COLOR"}
+# The older command line is one of Go's, where only --wait=false switches off what is on. Source:
+# strconv.ParseBool.
+_FALSE = ("0", "f", "false")
 
 
 def translate(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -31,6 +34,8 @@ def translate(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             rest += [word, *left]
         elif name in _WITH_VALUE and (equals or (following := next(left, None)) is not None):
             env[_WITH_VALUE[name]] = value if equals else str(following)
+        elif name in ("-w", "--wait") and equals:
+            rest.append("--no-wait" if value.lower() in _FALSE else "--wait")
         elif word in _SWITCHES:
             env[_SWITCHES[word]] = "1"
         else:

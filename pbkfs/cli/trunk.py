@@ -235,7 +235,9 @@ def destroy(name: str, recursive: bool, yes: bool) -> None:
             what += f" and all that was branched from it ({', '.join(view.children)})"
         heads.confirm(f"Destroy {what}?", is_sure=yes)
         with heads.progress() as say:
-            gone = service.trunks.destroy(name, recursive=recursive or yes, say=say)
+            # The question has named them.
+            is_recursive = recursive or yes or bool(view.children)
+            gone = service.trunks.destroy(name, recursive=is_recursive, say=say)
     for each in gone:
         click.echo(f"Destroyed {'trunk' if each == name else 'branch'} {each!r}")
 

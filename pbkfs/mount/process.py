@@ -64,7 +64,7 @@ def raise_descriptor_limit() -> None:
 
 
 def write_pid_file(path: Path | None, pid: int) -> None:
-    """Write ``pid`` to ``path``, if there is one. Raises HostError."""
+    """Write ``pid`` to ``path``, if there is one; not through a symbolic link. Raises HostError."""
     if path is None:
         return
     try:
@@ -88,7 +88,7 @@ def remove_pid_file(path: Path | None, pid: int) -> None:
 
 def _open_public(path: str, flags: int) -> int:
     # The worker's umask is 0, for the modes of the files it serves.
-    return os.open(path, flags, 0o644)
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from pbkfs.mount import (
     holders,
     keeping,
     mounts,
+    privileges,
     process,
     standstill,
     statistics,
@@ -293,6 +294,7 @@ class Worker:
                             self._clear_dead_mount()
                         self._begin_ledger()
                         session.mount()
+                    privileges.drop()  # before there are threads that would keep them
                     await nursery.start(session.serve)
                     nursery.start_soon(_guarded, control.serve, server, self._handlers())
                     nursery.start_soon(_guarded, self._pump_log)

@@ -71,6 +71,9 @@ class Diff:
                     hint=f"Use the PGDATA there; delete the diff with: pbkfs cleanup -d {path}",
                 )
             check_base(superblock, base.identity, base.system_identifier, path)
+            # Who switched the superblock may have died before that was durable. What is written
+            # from here on lies in what it names now.
+            durable.fsync_dir(path, label="diff:open")
             return cls._open(path, superblock, boot_id, is_sealed=False)
 
     @classmethod

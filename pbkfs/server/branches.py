@@ -96,7 +96,10 @@ async def get_branch(control: Controlled, name: str) -> Branch:
 
 @router.patch("/{name}", responses=CHANGING)
 async def change_branch(control: Controlled, name: str, body: BranchChange) -> Branch:
-    """Change name, tags, time to live, or after which time without a client it is stopped."""
+    """Change name, tags, time to live, or after which time without a client it is stopped.
+
+    All that is said, or nothing if a part is not possible.
+    """
     if body.name is not None:
         check_name(body.name)
     for tag in (*body.add_tags, *body.remove_tags):
@@ -106,15 +109,14 @@ async def change_branch(control: Controlled, name: str, body: BranchChange) -> B
     if body.idle_stop is not None:
         parse_idle_stop(body.idle_stop)
     await control.show(name, "branch")
-    arguments = {
-        "name": name,
+    wish = {
         "new_name": body.name,
         "ttl": body.ttl,
         "idle_stop": body.idle_stop,
         "add_tags": body.add_tags,
         "remove_tags": body.remove_tags,
     }
-    operation = control.begin("change", arguments)
+    operation = control.begin("change", {"name": name, "wish": wish})
     await operation.wait(float("inf"))
     return branch_of(await control.show(operation.result, "branch"))
 

@@ -217,6 +217,7 @@ class Health(BaseModel):
     branches_stopped: int
     branches_total: int
     storage_used_bytes: int
+    shared_bytes: int
     uptime_seconds: int
 
 

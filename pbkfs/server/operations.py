@@ -106,20 +106,9 @@ def _reset(work: _Work) -> list[str]:
 
 
 def _change(work: _Work) -> str:
-    """Change what a branch is called and when it ends or stops, the name last; returns its name."""
-    branches, name = work.service.branches, str(work.given["name"])
-    if work.given.get("add_tags"):
-        branches.tag(name, work.given["add_tags"])
-    if work.given.get("remove_tags"):
-        branches.tag(name, work.given["remove_tags"], remove=True)
-    if work.given.get("ttl"):
-        branches.extend(name, work.given["ttl"])
-    if work.given.get("idle_stop"):
-        branches.set_idle_stop(name, work.given["idle_stop"])
-    if work.given.get("new_name"):
-        view: HeadView = branches.rename(name, work.given["new_name"])
-        name = view.name
-    return name
+    """Change what a branch is called and when it ends or stops; returns its name."""
+    view: HeadView = work.service.branches.change(work.given["name"], **work.given["wish"])
+    return view.name
 
 
 def _refresh(work: _Work) -> list[str]:

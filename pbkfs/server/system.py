@@ -35,6 +35,7 @@ async def health(control: Controlled) -> Health:
         branches_stopped=_count(views, "branch", "stopped"),
         branches_total=_count(views, "branch"),
         storage_used_bytes=storage.used_bytes,
+        shared_bytes=storage.shared_bytes,
         uptime_seconds=int(control.numbers.uptime_s()),
     )
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from fix_trunks import Heads
+
+from pbkfs.branch.service import open_service
+from pbkfs.branch.settings import read_settings
+from pbkfs.branch.store import now
+
+_N_BRANCHES = int(os.environ.get("PBKFS_TEST_BRANCHES", "4"))
 
 
 @pytest.fixture
@@ -157,6 +165,21 @@ def test_ttl(prod: Heads) -> None:
     assert prod.fail(2, "branch", "extend", "long", "soon") == "duration 'soon' is not understood"
 
 
+def test_branch_that_gets_more_time_when_it_is_over(prod: Heads) -> None:
+    made = prod.branch("a", "prod", "--ttl", "1h")
+    with open_service(read_settings({**os.environ, **prod.env})) as service:
+        with service.life.locks.hold(made["id"], what="another operation on it"):
+            service.store.update(made["id"], expires_at=now())
+            # Whoever works on it is not waited for, by no command.
+            assert prod.names() == ["a"]
+            prod.run("branch", "extend", "a", "2h")
+        # A reaper that had found it before asks again.
+        assert not service.branches.expire(made["id"])
+        service.store.update(made["id"], expires_at=now())
+    assert prod.names() == []
+    assert prod.leftovers() == []
+
+
 def test_names_tags_and_filters(prod: Heads) -> None:
     prod.branch("a", "prod", "-t", "x", "-t", "y")
     auto = prod.json("branch", "create", "--from", "prod")["name"]
@@ -167,6 +190,9 @@ def test_names_tags_and_filters(prod: Heads) -> None:
     assert table[0].split()[:5] == ["NAME", "STATUS", "PARENT", "AGE", "SIZE"]
     assert [line.split()[0] for line in table[1:]] == ["a"]
     assert prod.json("branch", "list", "-s", "stopped")["total"] == 0
+    assert prod.json("branch", "list", "-s", "Running")["total"] == 2
+    assert "'nonsense' is not one of" in prod.fail(2, "branch", "list", "-s", "nonsense")
+    assert "--tree shows all" in prod.fail(2, "branch", "list", "--tree", "-t", "y")
     assert prod.json("branch", "list", "-p", "prod")["total"] == 2
     prod.run("branch", "rename", "a", "b")
     assert prod.sql("b", "select n from t") == "1"
@@ -183,7 +209,14 @@ def test_refusals(prod: Heads, place: Path) -> None:
         "trunk or branch 'nope' does not exist"
     )
     assert "is no name" in prod.fail(2, "branch", "create", "No Good", "-f", "prod")
+    # That of a trunk that is not there yet.
+    for command in (("create", "main", "-f", "prod"), ("rename", "a", "main")):
+        assert prod.fail(8, "branch", *command) == "'main' is the default trunk's name"
     assert "duration" in prod.fail(2, "branch", "create", "b", "-f", "prod", "--ttl", "2 moons")
+    # What a script's empty variable says is not the default.
+    assert "is no name" in prod.fail(2, "branch", "create", "", "-f", "prod")
+    for option in ("--ttl", "--idle-stop"):
+        assert "duration ''" in prod.fail(2, "branch", "create", "b", "-f", "prod", option, "")
     assert "1 branches" in prod.fail(
         9, "branch", "create", "b", "-f", "prod", PBKFS_MAX_BRANCHES="1"
     )
@@ -206,14 +239,37 @@ def test_sizes_add_up(prod: Heads) -> None:
     prod.sql("b", "create table big as select generate_series(1, 20000) as n", "checkpoint")
     prod.run("branch", "stop", "b")
     prod.run("branch", "stop", "a")
+    sizes = _check_sizes_of_what_has_stopped(prod)
+    assert sizes["b"] > sizes["a"] + 700_000
+
+
+@pytest.mark.timeout(120 + 15 * _N_BRANCHES)
+def test_many_of_one_trunk_run_together(prod: Heads) -> None:
+    """As many as ``PBKFS_TEST_BRANCHES`` says."""
+    names = [f"b{number}" for number in range(_N_BRANCHES)]
+    for number, name in enumerate(names):
+        prod.branch(name, "prod")
+        prod.sql(name, f"insert into t values ({100 + number})")
+    for number, name in enumerate(names):
+        assert prod.sql(name, "select string_agg(n::text, ',' order by n) from t") == (
+            f"1,{100 + number}"
+        )
+    views = prod.json("branch", "list")["branches"]
+    assert {view["name"] for view in views if view["status"] == "running"} == set(names)
+    for name in names:
+        prod.run("branch", "stop", name)
+    assert set(_check_sizes_of_what_has_stopped(prod)) == {*names, "prod"}
+
+
+def _check_sizes_of_what_has_stopped(prod: Heads) -> dict[str, int]:
+    """Stop the trunk; what is said of all heads is what ``du`` finds. Returns own bytes by name."""
     prod.run("trunk", "stop", "prod")
     views = [*prod.json("branch", "list")["branches"], *prod.json("trunk", "list")["trunks"]]
     shared = prod.json("status")["shared_bytes"]
     top = sum((prod.layout.root / n).stat().st_blocks * 512 for n in ("heads", "layers", "points"))
     secrets = sum(p.stat().st_blocks * 512 for p in (prod.layout.root / "secrets").iterdir())
     assert sum(view["own_bytes"] for view in views) + shared + top - secrets == prod.disk_bytes()
-    sizes = {view["name"]: view["own_bytes"] for view in views}
-    assert sizes["b"] > sizes["a"] + 700_000
+    return {view["name"]: view["own_bytes"] for view in views}
 
 
 def test_status_and_log(prod: Heads) -> None:
@@ -233,6 +289,47 @@ def test_status_and_log(prod: Heads) -> None:
                   "Connection"):  # fmt: skip
         assert f"{label}:" in out
     assert 'name: "a"' in prod.run("branch", "info", "a", "-o", "yaml").stdout
+
+
+def test_connect(prod: Heads, tmp_path: Path) -> None:
+    prod.branch("a", "prod")
+    uri = prod.uri("a")
+    # What the environment says of other servers is not for this one.
+    env = {"PATH": f"{prod.programs.bindir}:{os.environ['PATH']}", "PGUSER": "nobody"}
+    for command in (
+        ("branch", "connect", "a"),
+        ("branch", "connect", "--psql", "a"),
+        ("branch", "create", "--from", "a", "--connect"),
+        ("trunk", "connect", "prod", "--psql"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "pbkfs", *command],
+            env={**os.environ, **prod.env, **env},
+            input="select 'as ' || current_user || ' with ' || count(*) from t;\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "as postgres with 1" in done.stdout
+    (tmp_path / "bin").mkdir()
+    without = {"PATH": str(tmp_path / "bin")}
+    assert prod.run("branch", "connect", "a", **without).stdout.strip() == uri
+    assert prod.fail(10, "branch", "connect", "a", "--psql", **without) == (
+        "there is no psql on PATH"
+    )
+    prod.run("branch", "stop", "a")
+    assert prod.fail(8, "branch", "connect", "a") == "branch 'a' is stopped"
+
+
+def test_colours_are_for_terminals_that_want_them(prod: Heads) -> None:
+    prod.branch("a", "prod")
+    green = "\x1b[32mrunning\x1b[0m"
+    for command in (("list",), ("list", "--tree"), ("info", "a")):
+        assert green in prod.on_terminal("", "branch", *command)[1]
+        assert "\x1b" not in prod.on_terminal("", "branch", *command, NO_COLOR="1")[1]
+        assert "\x1b" not in prod.on_terminal("", "branch", *command, "--no-color")[1]
+        assert "\x1b" not in prod.run("branch", *command).stdout
 
 
 def test_a_reset_that_failed_comes_first(prod: Heads) -> None:

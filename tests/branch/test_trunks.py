@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fix_catalogs import CatalogStore
-from fix_postgres import Cluster
+from fix_postgres import Cluster, Programs, free_port
 from fix_trunks import Heads
+from machine import postgres_majors
 
 
 def test_default_trunk_is_made_when_it_is_needed(heads: Heads) -> None:
@@ -21,6 +24,33 @@ def test_default_trunk_is_made_when_it_is_needed(heads: Heads) -> None:
     assert " ".join(table[0].split()) == "NAME STATUS PORT DATABASE WAL LEVEL"
     assert table[1].split()[:2] == ["main", "running"]
     assert "can't be destroyed" in heads.fail(8, "trunk", "destroy", "main", "--yes")
+
+
+def test_role_and_database_of_the_settings(heads: Heads) -> None:
+    heads.env |= {"PGBRANCH_DEFAULT_PG_USER": "boss", "PBKFS_DEFAULT_PG_DB": "my Shop"}
+    made = heads.json("trunk", "create", "shop", "--empty", "--no-start")
+    assert made["database"] == "my Shop"
+    heads.branch("a", "shop")
+    assert heads.sql("a", "select current_user, current_database()") == "boss|my Shop"
+    heads.run("trunk", "start", "shop")
+    assert heads.sql("shop", "select current_database()", kind="trunk") == "my Shop"
+
+
+def test_empty_trunk_of_a_major_that_is_named(
+    heads: Heads, all_programs: Callable[[int], Programs]
+) -> None:
+    oldest = min(postgres_majors())
+    heads.env["PBKFS_PG_BIN_DIR"] = str(all_programs(oldest).bindir)
+    port = str(free_port())
+    made = heads.json(
+        "trunk", "create", "old", "--empty", "--pg-version", str(oldest), "--port", port
+    )
+    assert (made["port"], made["pg_version"].split(".")[0]) == (int(port), str(oldest))
+    heads.branch("a", "old")
+    assert heads.sql("a", "show server_version_num").startswith(str(oldest))
+    assert "exclude each other" in heads.fail(
+        2, "trunk", "create", "x", "--pg-version", "18", "--from-dir", "/tmp"
+    )
 
 
 def test_trunk_of_a_backup(heads: Heads, catalog_store: CatalogStore) -> None:
@@ -78,6 +108,20 @@ def test_trunk_stop_leaves_branches_alone(heads: Heads, pgdata_template: Path) -
     assert "is stopped" in heads.fail(8, "trunk", "connect", "prod", "--uri")
 
 
+def test_destroy_asks_and_takes_yes_for_all_that_it_named(
+    heads: Heads, pgdata_template: Path
+) -> None:
+    heads.trunk("prod", pgdata_template)
+    heads.branch("a", "prod")
+    assert heads.on_terminal("n", "trunk", "destroy", "prod")[0] == 130
+    assert heads.names() == ["a"]
+    code, said = heads.on_terminal("y", "trunk", "destroy", "prod")
+    assert "Destroy trunk 'prod' and all that was branched from it (a)? [y/N]:" in said
+    assert code == 0, said
+    assert heads.json("trunk", "list")["trunks"] == []
+    assert heads.leftovers() == []
+
+
 def test_refresh(heads: Heads, pgdata_template: Path, stopped_cluster: Path) -> None:
     heads.trunk("prod", pgdata_template)
     heads.sql("prod", "create table old ()", kind="trunk")
@@ -92,6 +136,25 @@ def test_refresh(heads: Heads, pgdata_template: Path, stopped_cluster: Path) -> 
     assert heads.sql("a", "select to_regclass('old') is not null") == "t"
     heads.run("branch", "destroy", "a", "--yes")
     assert heads.leftovers() == []
+
+
+def test_refresh_to_a_backup_that_is_named(heads: Heads, catalog_store: CatalogStore) -> None:
+    store = catalog_store("a_full_none_stream")
+    found = json.loads(heads.run("backups", "-B", store, "--format", "json").stdout)
+    backups = [backup["backup_id"] for backup in found if backup["is_mountable"]]
+    made = heads.json("trunk", "create", "prod", "--from-backup", store, "-i", backups[0])
+    assert backups[0] in made["source"]
+    heads.branch("a", "prod")
+    heads.sql("prod", "create table mine ()", kind="trunk")
+    heads.run("trunk", "refresh", "prod", "--backup-id", backups[-1], "--yes")
+    assert backups[-1] in heads.info("prod", "trunk")["source"]
+    assert heads.sql("prod", "select to_regclass('mine') is null", kind="trunk") == "t"
+    heads.run("branch", "restart", "a")
+    assert heads.sql("a", "select 1") == "1"
+    # What can't be mounted leaves it as it is.
+    assert heads.fail(4, "trunk", "refresh", "prod", "-i", "NOPE00", "--yes")
+    assert backups[-1] in heads.info("prod", "trunk")["source"]
+    assert heads.sql("prod", "select 1", kind="trunk") == "1"
 
 
 @pytest.mark.parametrize("source", ["--empty"])

@@ -23,9 +23,9 @@ def test_branches_at_random_moments(heads: Heads, stopped_cluster: Path) -> None
     ledger = Ledger()
     ledger.create(uri)
     arguments = ["-h", "127.0.0.1", "-p", port, "-U", "postgres", "-n", "-c", "3", "-j", "2"]
-    load = heads.spawn_program(
-        "pgbench", *arguments, "-T", "36000", "postgres", PGPASSWORD=password
-    )
+    # At a rate: otherwise the trunk grows as fast as it can, and each check takes longer.
+    rate = ["-R", "200", "-T", "36000"]
+    load = heads.spawn_program("pgbench", *arguments, *rate, "postgres", PGPASSWORD=password)
     ledger.begin(uri)
     try:
         for number in range(_N_BRANCHES):

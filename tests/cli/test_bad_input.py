@@ -303,6 +303,16 @@ def test_own_file_inside_of_the_mount(at: Place, option: str) -> None:
         refused(at, option, path, cls=errors.UsageError, says=f"inside of mount point {at.mnt}")
 
 
+@pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
+def test_own_file_is_a_symbolic_link(at: Place, option: str) -> None:
+    victim = at.root / "victim"
+    victim.write_text("as it was")
+    (at.root / "link").symlink_to(victim)
+    says = f"file {at.root / 'link'}: too many levels of symbolic links"
+    refused(at, option, at.root / "link", cls=errors.HostError, says=says)
+    assert victim.read_text() == "as it was"
+
+
 def test_own_file_inside_of_the_base(at: Place, base: Path) -> None:
     says = f"log file {base / 'log'} lies inside of base {base}"
     refused(at, "--base", base, "--log-file", base / "log", cls=errors.UsageError, says=says)

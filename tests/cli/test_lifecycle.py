@@ -19,7 +19,7 @@ from fix_mounts import run_pbkfs
 from fix_place import Place, mine, snapshot
 
 from pbkfs.errors import TimedOutError
-from pbkfs.mount import lock, sealing
+from pbkfs.mount import lock, privileges, sealing
 
 
 def test_mount_write_unmount_remount(at: Place) -> None:
@@ -439,6 +439,19 @@ def test_pid_file(at: Place) -> None:
     assert path.read_text() == f"{at.owner().pid}\n"
     run_pbkfs("unmount", "-D", at.mnt)
     assert not path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has no privilege to give up")
+def test_worker_keeps_of_root_what_it_needs(at: Place) -> None:
+    at.mount()
+    kept = sum(1 << number for number in privileges.KEPT.values())
+    for task in Path(f"/proc/{at.owner().pid}/task").iterdir():
+        text = (task / "status").read_text()
+        found = dict(re.findall(r"^(Cap\w+|NoNewPrivs):\t(\w+)$", text, re.MULTILINE))
+        for name in ("CapPrm", "CapEff", "CapBnd"):
+            assert int(found[name], 16) & ~kept == 0, (task.name, found)
+        assert found["NoNewPrivs"] == "1"
+    run_pbkfs("unmount", "-D", at.mnt)
 
 
 def test_json_log_in_a_file_of_choice(at: Place) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fix_mounts import run_pbkfs
-from fix_postgres import free_port
+from fix_postgres import free_port, wait_until
 from fix_web import TOKEN, Daemon
 
 from pbkfs.cli.pgbranch import translate
@@ -107,6 +107,21 @@ def test_trunks_and_status(remote: Remote, pgdata_template: Path) -> None:
     assert remote.served.names("trunks") == ["main"]
 
 
+def test_what_it_shows_is_what_is_shown_without_a_daemon(remote: Remote) -> None:
+    remote.served.branch("a")
+    remote.served.post("branches/a/stop")  # sizes stay as they are, then
+    remote.served.post("trunks/main/stop")
+    for command in (["status"], ["branch", "list"], ["branch", "info", "a"], ["trunk", "info"]):
+
+        def is_the_same(words: list[str] = command) -> bool:
+            found = json.loads(remote.run(*words, "-o", "json"))
+            found.pop("uptime_seconds", None)
+            return bool(found == remote.served.heads.json(*words))
+
+        wait_until(is_the_same)  # the daemon's sizes may be of some seconds ago
+    remote.served.post("trunks/main/start")
+
+
 def test_over_the_socket(remote: Remote) -> None:
     url = f"unix:{remote.served.socket}"
     assert "main" in remote.run("trunk", "--api-url", url, "list", PBKFS_API_URL="")
@@ -135,12 +150,17 @@ def test_pgbranch(remote: Remote) -> None:
     assert "Branches: 1 running" in remote.pgbranch(*place, "--no-color", "-v", "status")
     assert json.loads(remote.pgbranch(*place, "status", "-o", "json"))["branches_running"] == 1
     remote.pgbranch(*place, "rm", "a", "-y")
+    remote.pgbranch(*place, "create", "b", "--wait=false")
+    remote.served.wait_for("b", "running")
+    remote.pgbranch(*place, "delete", "b", "--yes")
     assert remote.served.names() == []
 
 
 def test_translation_of_pgbranch() -> None:
     output = {"PBKFS_OUTPUT": "json"}
     assert translate(["create", "a", "--output=json"]) == (["branch", "create", "a"], output)
+    for word, expected in (("--wait=false", "--no-wait"), ("-w=0", "--no-wait"), ("-w", "-w")):
+        assert translate(["create", word]) == (["branch", "create", expected], {})
     assert translate(["trunk", "info"]) == (["trunk", "info"], {})
     assert translate(["--help"]) == (["--help"], {})
     assert translate(["info", "--", "-o", "x"]) == (["branch", "info", "--", "-o", "x"], {})

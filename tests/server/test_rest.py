@@ -357,6 +357,12 @@ def test_change(served: Daemon) -> None:
     assert changed.json["expires_at"] is not None
     assert served.patch("branches/b", {"ttl": "never"}).json["expires_at"] is None
     served.get("branches/a").problem(404, "not_found")
+    # All of it or nothing.
+    served.branch("c")
+    refused = {"name": "c", "add_tags": ["w"], "ttl": "1h"}
+    served.patch("branches/b", refused).problem(409, "name_conflict")
+    found = served.get("branches/b").json
+    assert (found["tags"], found["expires_at"]) == (["y", "z"], None)
     served.patch("branches/b", {"name": "main"}).problem(409, "name_conflict")
     served.patch("branches/b", {"ttl": "soon"}).problem(400, "invalid_request")
     served.patch("branches/b", {"add_tags": ["a b"]}).problem(400, "invalid_request")

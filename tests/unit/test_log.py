@@ -61,6 +61,32 @@ def test_rotated_file_is_opened_again(tmp_path: Path) -> None:
     assert "two" in (tmp_path / "log").read_text()
 
 
+def test_directory_that_has_gone_is_no_failure(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    log.configure("file", path=place / "log")
+    (place / "log").unlink()
+    place.rmdir()
+    logging.getLogger("pbkfs").info("lost")
+    place.mkdir()
+    logging.getLogger("pbkfs").info("there again")
+    assert (place / "log").read_text().endswith("pbkfs: there again\n")
+
+
+def test_symbolic_link_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.touch()
+    (tmp_path / "log").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        log.configure("file", path=tmp_path / "log")
+    (tmp_path / "log").unlink()
+    log.configure("file", path=tmp_path / "log")
+    (tmp_path / "log").unlink()
+    (tmp_path / "log").symlink_to(victim)
+    logging.getLogger("pbkfs").info("not there")
+    assert victim.read_text() == ""
+
+
 def test_second_configuration_replaces_the_first(tmp_path: Path) -> None:
     log.configure("file", path=tmp_path / "a")
     log.configure("file", path=tmp_path / "b")

@@ -116,6 +116,19 @@ def steps_of(action: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return labels
 
 
+def test_superblock_that_is_found_is_durable_before_it_is_used(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A switch to another layer that died before its fsync must not be lost under new data."""
+    Diff.open(memory / "diff", EmptyBase(OWNER)).close()
+    synced: list[Path] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+    )
+    Diff.open(memory / "diff", EmptyBase(OWNER)).close()
+    assert synced[:1] == [memory / "diff"]
+
+
 def test_making_can_be_cut_short_anywhere(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = EmptyBase(OWNER)
     labels = steps_of(lambda: Diff.open(memory / "whole", base).close(), monkeypatch)
