@@ -90,7 +90,10 @@ class Nodes:
         ``file=… block=… layer=… reason=…``; path and layer escaped, the reason free text to the
         end of the line."""
     def add(self, ino: int, size: int, sources: Sequence[SourceTuple], /) -> None:
-        """Register a file without an object, sources newest first. OSError(EEXIST)."""
+        """Register a file without an object, sources newest first. OSError(EEXIST).
+
+        Requests of the kernel that are answered natively find it from ``publish`` on.
+        """
     def attach(
         self,
         ino: int,
@@ -111,6 +114,8 @@ class Nodes:
         object that is shorter than that was truncated. ``fresh``: its directory entry is not known
         to be durable, so the first fsync makes it so.
         """
+    def publish(self, ino: int, /) -> None:
+        """All that belongs to the file has come to it, its object above all. Idempotent."""
     def remove(self, ino: int, /) -> None: ...
     def names_known(self, directory: int, names: Iterable[bytes], /) -> None:
         """These are all names of a directory: a lookup of another one is answered natively, "there

@@ -21,7 +21,7 @@ from iotrace import Event, Recorder
 from ledger import Ledger
 from machine import TESTS
 from power_cut import Disk, boot_anew
-from servers import MountedServer
+from servers import Clients, MountedServer
 
 from pbkfs.mount import lock
 
@@ -145,9 +145,7 @@ class PowerCuts:
             ledger.acknowledged = self._acknowledged
             if self.is_ready(moment):
                 ledger.check(server.uri)
-            server.check_cluster()
-            check_sums(server)
-            assert server.sql("select count(*), sum(n) from unhinted") == "10000|50005000"
+            check_content(server)
             server.stop("-m", "fast")
             mount.unmount()
             run_pbkfs("check", "-d", mount.diff)
@@ -182,7 +180,14 @@ class PowerCuts:
         return next(i for i, event in enumerate(self._events) if event.kind == mark)
 
 
-def check_sums(server: MountedServer) -> None:
+def check_content(server: Clients) -> None:
+    """What a crash of ``stopped_cluster``'s server under a load must not have changed is there."""
+    server.check_cluster()
+    check_sums(server)
+    assert server.sql("select count(*), sum(n) from unhinted") == "10000|50005000"
+
+
+def check_sums(server: Clients) -> None:
     """The transactions of pgbench are there wholly or not at all."""
     accounts, tellers, history = (
         server.sql(f"select coalesce(sum({column}), 0) from pgbench_{table}")

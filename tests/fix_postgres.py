@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import pwd
+import random
 import re
 import shutil
 import signal
@@ -160,12 +161,22 @@ def kill_servers(below: Path, *, patience_s: float = 15) -> None:
     wait_until(kill)
 
 
+# Below those that the kernel gives to outgoing connections, which come and go all the time.
+_TEST_PORTS = range(20000, 32000)
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of the loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback that was free a moment ago, and that is given only once."""
+    chosen_by = random.SystemRandom()
+    while True:
+        port = chosen_by.choice(_TEST_PORTS)
+        if port in _given_ports:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            _given_ports.add(port)
+            return port
 
 
 @dataclass

@@ -38,7 +38,6 @@ BASE = Path("/base")
 # Emulated processors are ten to twenty times slower than these.
 _COMMAND_LIMIT_S = 300.0
 _BOOT_LIMIT_S = 180.0
-_CGROUPS = Path("/sys/fs/cgroup")
 
 _SETUP = """\
 #!/bin/sh

@@ -137,7 +137,7 @@ static struct pbk_node *get_node(struct nodes_object *self, uint64_t ino)
 {
     if (!is_open(self))
         return NULL;
-    struct pbk_node *node = pbk_nodes_get(self->nodes, ino);
+    struct pbk_node *node = pbk_nodes_get_any(self->nodes, ino);
     if (node == NULL)
         pbk_binding_fail(-ENOENT, NULL);
     return node;
@@ -533,18 +533,28 @@ static PyObject *nodes_is_absent(struct nodes_object *self, PyObject *const *arg
     return PyBool_FromLong(pbk_nodes_is_absent(self->nodes, directory, name, (size_t)length));
 }
 
-static PyObject *nodes_remove(struct nodes_object *self, PyObject *arg)
+static PyObject *change_table(struct nodes_object *self, PyObject *arg, int (*change)(struct pbk_nodes *, uint64_t))
 {
     uint64_t ino;
     int err;
     if (!pbk_binding_u64(arg, &ino) || !is_open(self))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    err = pbk_nodes_remove(self->nodes, ino);
+    err = change(self->nodes, ino);
     Py_END_ALLOW_THREADS
     if (err)
         return pbk_binding_fail(err, NULL);
     Py_RETURN_NONE;
+}
+
+static PyObject *nodes_publish(struct nodes_object *self, PyObject *arg)
+{
+    return change_table(self, arg, pbk_nodes_publish);
+}
+
+static PyObject *nodes_remove(struct nodes_object *self, PyObject *arg)
+{
+    return change_table(self, arg, pbk_nodes_remove);
 }
 
 static PyObject *nodes_has(struct nodes_object *self, PyObject *arg)
@@ -552,7 +562,7 @@ static PyObject *nodes_has(struct nodes_object *self, PyObject *arg)
     uint64_t ino;
     if (!pbk_binding_u64(arg, &ino) || !is_open(self))
         return NULL;
-    struct pbk_node *node = pbk_nodes_get(self->nodes, ino);
+    struct pbk_node *node = pbk_nodes_get_any(self->nodes, ino);
     if (node == NULL)
         Py_RETURN_FALSE;
     put_node(node);
@@ -1080,6 +1090,7 @@ static PyMethodDef methods[] = {
     {"add", (PyCFunction)nodes_add, METH_VARARGS, "Register a file without an object."},
     {"attach", (PyCFunction)(void (*)(void))nodes_attach, METH_VARARGS | METH_KEYWORDS,
      "Make an object the top of a node."},
+    {"publish", (PyCFunction)nodes_publish, METH_O, "Let requests of the kernel find a node."},
     {"remove", (PyCFunction)nodes_remove, METH_O, "Forget a node; readers finish with it."},
     {"name_added", (PyCFunction)(void (*)(void))nodes_name_added, METH_FASTCALL, "A directory has one more name."},
     {"name_removed", (PyCFunction)(void (*)(void))nodes_name_removed, METH_FASTCALL, "A directory has lost a name."},

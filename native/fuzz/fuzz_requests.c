@@ -63,8 +63,8 @@ static struct pbk_nodes *make_nodes(void)
         .kind = PBK_SOURCE_RAW, .dir_fd = place_fd, .path = "stored", .label = "fuzz", .size = sizeof page};
     write_place("objects/01/1", page, sizeof page);
     for (uint64_t ino = 2; ino <= 3; ino++)
-        CHECK(pbk_nodes_add(nodes, ino, sizeof page, &spec, 1) == 0);
-    struct pbk_node *node = pbk_nodes_get(nodes, 2);
+        CHECK(pbk_nodes_add(nodes, ino, sizeof page, &spec, 1) == 0 && pbk_nodes_publish(nodes, ino) == 0);
+    struct pbk_node *node = pbk_nodes_get_any(nodes, 2);
     struct pbk_attach attach = {.object = 1, .limit = PBK_NO_LIMIT, .is_mapped = true};
     CHECK(pbk_node_attach(node, ctx, &attach) == 0);
     pbk_node_put(node);

@@ -78,6 +78,7 @@ struct pbk_node {
     struct pbk_nodes *nodes;
     uint64_t ino;
     struct pbk_node *next; /* table_lock */
+    bool is_published;     /* table_lock */
     atomic_uint n_handles;
     atomic_uint n_links;
     atomic_uint_fast64_t n_reads;   /* how much the file is in use */

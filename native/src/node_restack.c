@@ -63,7 +63,7 @@ static void free_restack(struct pbk_restack *part)
 int pbk_nodes_prepare_restack(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
                               unsigned n_specs, struct pbk_restack **all)
 {
-    struct pbk_node *node = pbk_nodes_get(nodes, ino);
+    struct pbk_node *node = pbk_nodes_get_any(nodes, ino);
     if (node == NULL)
         return -ENOENT;
     struct pbk_restack *part = calloc(1, sizeof(*part));

@@ -180,14 +180,36 @@ static void grow_table(struct pbk_nodes *nodes)
     free(old);
 }
 
-struct pbk_node *pbk_nodes_get(struct pbk_nodes *nodes, uint64_t ino)
+static struct pbk_node *get(struct pbk_nodes *nodes, uint64_t ino, bool is_published)
 {
     pthread_rwlock_rdlock(&nodes->table_lock);
     struct pbk_node *node = *find_slot(nodes, ino);
+    if (node != NULL && is_published && !node->is_published)
+        node = NULL;
     if (node != NULL)
         atomic_fetch_add_explicit(&node->n_refs, 1, memory_order_relaxed);
     pthread_rwlock_unlock(&nodes->table_lock);
     return node;
+}
+
+struct pbk_node *pbk_nodes_get(struct pbk_nodes *nodes, uint64_t ino)
+{
+    return get(nodes, ino, true);
+}
+
+struct pbk_node *pbk_nodes_get_any(struct pbk_nodes *nodes, uint64_t ino)
+{
+    return get(nodes, ino, false);
+}
+
+int pbk_nodes_publish(struct pbk_nodes *nodes, uint64_t ino)
+{
+    pthread_rwlock_wrlock(&nodes->table_lock);
+    struct pbk_node *node = *find_slot(nodes, ino);
+    if (node != NULL)
+        node->is_published = true;
+    pthread_rwlock_unlock(&nodes->table_lock);
+    return node != NULL ? 0 : -ENOENT;
 }
 
 int pbk_nodes_remove(struct pbk_nodes *nodes, uint64_t ino)

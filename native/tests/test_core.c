@@ -328,7 +328,7 @@ static uint32_t check_half(const uint8_t *half)
 
 static struct pbk_node *get(struct shared *s, uint64_t ino)
 {
-    struct pbk_node *node = pbk_nodes_get(s->nodes, ino);
+    struct pbk_node *node = pbk_nodes_get_any(s->nodes, ino);
     CHECK(node != NULL);
     return node;
 }

@@ -279,7 +279,7 @@ static void begin(struct mount *m)
     struct pbk_source_spec spec = {
         .kind = PBK_SOURCE_RAW, .dir_fd = m->root, .path = "below", .label = "base", .size = BELOW_SIZE};
     CHECK(pbk_nodes_add(m->nodes, 1, BELOW_SIZE, &spec, 1) == 0);
-    m->node = pbk_nodes_get(m->nodes, 1);
+    m->node = pbk_nodes_get_any(m->nodes, 1);
     struct pbk_attach attach = {.object = OBJECT, .limit = PBK_NO_LIMIT, .is_mapped = true};
     for (size_t i = 0; i < scan.n_maps; i++) {
         if (scan.maps[i].object != OBJECT)

@@ -389,11 +389,13 @@ class Branches:
         for tag in (*add_tags, *remove_tags):
             check_tag(tag)
         life = self._life
-        with contextlib.ExitStack() as stack:
-            # Whoever works on a branch may rely on its name alone.
-            locked = contextlib.nullcontext(life.find(name, "branch"))
-            head = stack.enter_context(locked if new_name is None else life.locked(name, "branch"))
-            tx = stack.enter_context(life.store.transaction())
+        # Whoever works on a branch may rely on its name, and on nothing else of this.
+        holding: contextlib.AbstractContextManager[Head] = (
+            contextlib.nullcontext(life.find(name, "branch"))
+            if new_name is None
+            else life.locked(name, "branch")
+        )
+        with holding as head, life.store.transaction() as tx:
             found = tx.get(head.id)
             if found is None or found.status == "deleting":
                 raise WrongStateError(f"branch {name!r} is deleting")

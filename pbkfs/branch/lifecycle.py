@@ -99,14 +99,16 @@ class Lifecycle:
 
     # --- up and down ----------------------------------------------------------------------------
 
-    def bring_up(self, head: Head, say: Say, *, is_new: bool = False) -> Head:
+    def bring_up(
+        self, head: Head, say: Say, *, is_new: bool = False, may_move: bool = False
+    ) -> Head:
         """Mount a head and start its server; returns the head as it is then.
 
         A failure leaves it not mounted and without a port, and is written down unless ``is_new``:
-        then the caller takes all of it back.
+        then the caller takes all of it back. ``may_move``: see ``assign_port``.
         """
         try:
-            return self._bring_up(head, say, is_new=is_new)
+            return self._bring_up(head, say, is_new=is_new, may_move=may_move)
         except BaseException as error:
             with contextlib.suppress(PbkfsError, OSError):
                 self.take_down(head, "immediate")
@@ -122,7 +124,7 @@ class Lifecycle:
                     tx.record(head, "start failed", first)
             raise
 
-    def _bring_up(self, head: Head, say: Say, *, is_new: bool) -> Head:
+    def _bring_up(self, head: Head, say: Say, *, is_new: bool, may_move: bool) -> Head:
         if not is_new:
             # While one that was asleep is mounted, clients still get through to the daemon.
             begun = "wake" if head.is_asleep else "start"
@@ -141,7 +143,14 @@ class Lifecycle:
         avoid: set[int] = set()
         for attempt in range(_PORT_TRIES):
             with self.store.transaction() as tx:
-                port = assign_port(tx, head, self.settings, self.serving.is_port_free, avoid=avoid)
+                port = assign_port(
+                    tx,
+                    head,
+                    self.settings,
+                    self.serving.is_port_free,
+                    avoid=avoid,
+                    may_move=may_move,
+                )
                 head = tx.get(head.id) or head
             try:
                 served = self.serving.start(head, say)

@@ -21,12 +21,13 @@ def assign_port(
     is_free: Callable[[int], bool],
     *,
     avoid: Collection[int] = (),
+    may_move: bool = False,
 ) -> int:
     """Give ``head`` a port and return it.
 
-    A trunk's port is the one that was asked for at its creation; a branch's is of the range.
-    ``avoid`` are ports that were found taken a moment ago. Raises InsufficientResourcesError,
-    BusyError where a trunk's own port is taken.
+    A trunk keeps the port that it got at its creation, unless it ``may_move``: a new one whose port
+    nobody asked for. A branch's is of the range. ``avoid`` are ports that were found taken a moment
+    ago. Raises InsufficientResourcesError, BusyError where a trunk's own port is taken.
     """
     taken = {port for port, owner in tx.ports().items() if owner != head.id}
 
@@ -35,7 +36,7 @@ def assign_port(
 
     if head.port and is_usable(head.port):
         port = head.port
-    elif head.kind == "trunk" and head.port:
+    elif head.kind == "trunk" and head.port and not may_move:
         raise BusyError(
             f"port {head.port} of trunk {head.name!r} is in use",
             hint=f"Free it, or start it on another one: pbkfs trunk start {head.name} --port PORT",

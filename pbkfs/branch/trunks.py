@@ -138,7 +138,8 @@ class Trunks:
                     self._keep_wal_level(head)
                 if starts:
                     say("starting PostgreSQL")
-                    head = life.bring_up(head, say, is_new=True)
+                    # Its source may have taken minutes, in which another program took the port.
+                    head = life.bring_up(head, say, is_new=True, may_move=port is None)
                 else:
                     life.engine.unmount(head.id)
                     life.store.update(head.id, status="stopped", operation="", is_wanted=0)

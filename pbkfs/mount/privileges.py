@@ -25,6 +25,7 @@ KEPT = {
 
 # Source: linux/capability.h, linux/prctl.h.
 _VERSION_3 = 0x20080522
+_CAP_SETPCAP = 8
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
@@ -43,9 +44,10 @@ def drop() -> None:
     with open(_LAST) as file:
         last = int(file.read())
     wanted = sum(1 << number for number in KEPT.values())
-    for number in range(last + 1):
-        if not wanted >> number & 1 and held >> 8 & 1:
-            _call(libc.prctl, _PR_CAPBSET_DROP, number, 0, 0, 0)
+    if held >> _CAP_SETPCAP & 1:
+        for number in range(last + 1):
+            if not wanted >> number & 1:
+                _call(libc.prctl, _PR_CAPBSET_DROP, number, 0, 0, 0)
     _call(libc.prctl, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _call(libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _set(libc, held & wanted)

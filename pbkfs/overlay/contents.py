@@ -80,14 +80,15 @@ class Contents:
         else:
             self._stack.load(file)
             self.nodes.add(file.ino, file.size, self._stack.sources(file))
+        try:
             self._verify(file)
-        if piece is not None:
-            try:
+            if piece is not None:
                 self._attach(file, piece)
-            except BaseException:
-                self.nodes.remove(file.ino)
-                raise
-        self.note_names(file)
+            self.note_names(file)
+            self.nodes.publish(file.ino)
+        except BaseException:
+            self.nodes.remove(file.ino)
+            raise
 
     def _verify(self, file: File) -> None:
         """Let pages that come from the base be looked at when they are read."""
@@ -188,6 +189,7 @@ class Contents:
                 piece = self._piece(object_id, is_mapped=False)
                 self._attach(file, piece, is_fresh=True)
                 append(records.Create(object_id, path))
+                self.nodes.publish(file.ino)
             except BaseException:
                 self.nodes.remove(file.ino)
                 raise

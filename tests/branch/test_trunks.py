@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fix_catalogs import CatalogStore
-from fix_postgres import Cluster, Programs, free_port
-from fix_trunks import Heads
+from fix_postgres import Cluster, Programs, free_port, wait_until
+from fix_trunks import Heads, kill
 from machine import postgres_majors
 
 
@@ -51,6 +52,51 @@ def test_empty_trunk_of_a_major_that_is_named(
     assert "exclude each other" in heads.fail(
         2, "trunk", "create", "x", "--pg-version", "18", "--from-dir", "/tmp"
     )
+
+
+def _programs_whose_initdb_waits(heads: Heads, place: Path) -> Path:
+    """Return a bindir; its initdb makes the file ``place/begun`` and waits for ``place/go``."""
+    bindir = place / "bin"
+    bindir.mkdir(parents=True)
+    place.chmod(0o777)
+    for program in heads.programs.bindir.iterdir():
+        if program.name != "initdb":
+            (bindir / program.name).symlink_to(program)
+    (bindir / "initdb").write_text(
+        f"#!/bin/sh\n: > {place}/begun\nwhile [ ! -e {place}/go ]; do sleep 0.05; done\n"
+        f'exec {heads.programs.bindir}/initdb "$@"\n'
+    )
+    (bindir / "initdb").chmod(0o755)
+    return bindir
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_port_that_is_taken_while_a_trunk_is_made(
+    heads: Heads, place: Path, *, is_asked_for: bool
+) -> None:
+    port = int(heads.env["PBKFS_DEFAULT_TRUNK_PORT"])
+    bindir = _programs_whose_initdb_waits(heads, place / "slow")
+    options = ["--port", str(port)] if is_asked_for else []
+    creation = heads.spawn(
+        "trunk", "create", "t", "--empty", *options, PBKFS_PG_BIN_DIR=str(bindir)
+    )
+    try:
+        wait_until((place / "slow" / "begun").exists)
+        assert heads.info("t", "trunk")["port"] == port
+        with socket.create_server(("127.0.0.1", port)):
+            (place / "slow" / "go").touch()
+            _, said = creation.communicate(timeout=60)
+            if is_asked_for:
+                assert creation.returncode == 8
+                assert f"port {port} of trunk 't' is in use" in said
+                assert heads.json("trunk", "list")["trunks"] == []
+            else:
+                assert creation.returncode == 0, said
+                assert heads.info("t", "trunk")["port"] > port
+                assert heads.sql("t", "select 1", kind="trunk") == "1"
+    finally:
+        if creation.poll() is None:
+            kill(creation)
 
 
 def test_trunk_of_a_backup(heads: Heads, catalog_store: CatalogStore) -> None:

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,17 @@ def _plant_full_disk(tree: Any) -> None:
     tree.copy_up = full
 
 
+def _plant_slow_attach(tree: Any) -> None:
+    """An object comes to its file long after the file was registered."""
+    attach = tree._contents._attach
+
+    def slow(*args: Any, **fields: Any) -> None:
+        time.sleep(0.02)
+        attach(*args, **fields)
+
+    tree._contents._attach = slow
+
+
 async def _serve(args: argparse.Namespace, tree: Any) -> None:
     import trio
 
@@ -290,6 +302,7 @@ def main() -> int:
     parser.add_argument("--allow-other", action="store_true")
     parser.add_argument("--bug", action="store_true")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--slow-attach", action="store_true")
     parser.add_argument("--missing", action="store_true")
     parser.add_argument("--max-whole", type=int)
     parser.add_argument("--cycles", type=int)
@@ -304,6 +317,8 @@ def main() -> int:
         _plant_bug(tree)
     if args.full:
         _plant_full_disk(tree)
+    if args.slow_attach:
+        _plant_slow_attach(tree)
     if args.missing:
         args.mountpoint /= "missing"
     try:

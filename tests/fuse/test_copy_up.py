@@ -216,3 +216,40 @@ def test_the_cache_can_be_dropped(serve: Serve, lower: Path) -> None:
     assert found["write.native"] >= 1
     assert found["read.native"] >= 1
     assert found["notify_errors"] == 0
+
+
+def test_first_readers_come_together(serve: Serve, lower: Path) -> None:
+    """Whoever opens a file while another first opens it sees what was written, not what is below.
+
+    Of one kind a page lies in the diff and the rest below; of the other nothing is below.
+    """
+    page = 8192
+    names = [f"base/5/{20000 + i}" for i in range(10)]
+    new_names = [f"base/5/{30000 + i}" for i in range(10)]
+    for name in names:
+        (lower / name).write_bytes(b"old" * page)
+    served = serve(lower)
+    for name in names + new_names:
+        with open(served.path / name, "r+b" if name in names else "wb") as file:
+            file.write(b"new!" * (page // 4))
+    assert served.unmount() == {}
+    served = serve(lower, "--slow-attach")
+    together = threading.Barrier(4)
+    wrong: list[str] = []
+
+    def read() -> None:
+        for name in names + new_names:
+            path = os.fspath(served.path / name)
+            os.stat(path)
+            together.wait()
+            fd = os.open(path, os.O_RDONLY)
+            if os.pread(fd, page, 0) != b"new!" * (page // 4):
+                wrong.append(name)
+            os.close(fd)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

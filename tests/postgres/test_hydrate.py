@@ -56,7 +56,7 @@ def test_hydrated_under_load_and_detached(mount: Mount, all_programs: Any) -> No
     assert found["rate_limit"] == 3 << 20
     assert 0 < found["files_done"] < found["files_total"]
     assert "hydration:" in run_pbkfs("stat", "-D", mount.pgdata).stdout
-    assert pgbench.wait(60) == 0
+    assert pgbench.wait(60) == 0, mount.server_log.read_text()[-3000:]
 
     # An unmount in the middle keeps what is there; the next mount goes on.
     server.stop()
@@ -79,7 +79,7 @@ def test_hydrated_under_load_and_detached(mount: Mount, all_programs: Any) -> No
     assert (found["state"], found["error"]) == ("done", None)
     assert found["bytes_done"] == found["bytes_total"]
     assert found["files_done"] == found["files_total"]
-    assert pgbench.wait(60) == 0
+    assert pgbench.wait(60) == 0, mount.server_log.read_text()[-3000:]
     server.check_cluster()
 
     # The server has to be stopped first; then the mount becomes the plain directory.

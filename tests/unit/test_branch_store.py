@@ -170,11 +170,15 @@ def _settings(**values: object) -> Settings:
     return replace(made, **values)  # type: ignore[arg-type]
 
 
-def _assign(store: Store, head: Head, *used: int, **settings: object) -> int:
+def _assign(
+    store: Store, head: Head, *used: int, may_move: bool = False, **settings: object
+) -> int:
     with store.transaction() as tx:
         found = tx.get(head.id)
         assert found is not None
-        return assign_port(tx, found, _settings(**settings), lambda port: port not in used)
+        return assign_port(
+            tx, found, _settings(**settings), lambda port: port not in used, may_move=may_move
+        )
 
 
 def test_ports_are_given_in_order_and_kept(store: Store) -> None:
@@ -201,6 +205,8 @@ def test_a_port_that_somebody_else_uses_is_left_to_him(store: Store) -> None:
     assert _assign(store, a, 5500, 5501) == 5502
     with pytest.raises(BusyError, match="port 6000 of trunk 'main' is in use"):
         _assign(store, trunk, 6000)
+    assert _assign(store, trunk, may_move=True) == 6000
+    assert _assign(store, trunk, 6000, may_move=True) == 5432
     other = _head("other")
     _insert(store, other)
     assert _assign(store, other, trunk_port=5499) == 5499

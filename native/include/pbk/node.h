@@ -43,7 +43,7 @@ bool pbk_nodes_answer_directory(struct pbk_nodes *, uint64_t ino, void (*answer)
 struct pbk_ctx *pbk_ctx_new(size_t max_io);
 void pbk_ctx_free(struct pbk_ctx *);
 
-/* The node registered for ino with one more reference, or NULL. It stays usable until pbk_node_put, even if it is removed
+/* The node published for ino with one more reference, or NULL. It stays usable until pbk_node_put, even if it is removed
  * from the table meanwhile. */
 struct pbk_node *pbk_nodes_get(struct pbk_nodes *, uint64_t ino);
 void pbk_node_put(struct pbk_node *);

@@ -58,10 +58,18 @@ void pbk_nodes_free(struct pbk_nodes *);  /* nobody holds a node any more */
 struct pbk_names *pbk_nodes_names(struct pbk_nodes *);
 struct pbk_directories *pbk_nodes_directories(struct pbk_nodes *);
 
-/* Registers a file without an object; size is what a reader sees. -EEXIST, -EINVAL, -ENOMEM. */
+/*
+ * Registers a file without an object; size is what a reader sees. -EEXIST, -EINVAL, -ENOMEM.
+ *
+ * The dispatcher does not see it before pbk_nodes_publish: until what belongs to the file, its object above all, has come to
+ * it. Else whoever opens the file at the same time would be answered from below the object, and the kernel would keep that.
+ */
 int pbk_nodes_add(struct pbk_nodes *, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
                   unsigned n_specs);
-int pbk_nodes_remove(struct pbk_nodes *, uint64_t ino); /* -ENOENT */
+int pbk_nodes_publish(struct pbk_nodes *, uint64_t ino); /* -ENOENT. Once more changes nothing. */
+int pbk_nodes_remove(struct pbk_nodes *, uint64_t ino);  /* -ENOENT */
+/* As pbk_nodes_get, also of what is not published. */
+struct pbk_node *pbk_nodes_get_any(struct pbk_nodes *, uint64_t ino);
 
 /* What the journal says about an object that becomes the top of a node. The object and its size are durable by now, so one that
  * is shorter than the version below was truncated. All blocks in the bitmap are recorded as durable. */
