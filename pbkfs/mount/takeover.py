@@ -8,6 +8,7 @@ to send again, it changes the disk as a mount does, so each step may die and be 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib
@@ -15,7 +16,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from pbkfs.mount.binding import BaseAddress, read_binding
 from pbkfs.mount.keeping import EXIT_REFUSED, Link, Taken, end_with
 from pbkfs.mount.lock import DiffLock
 from pbkfs.mount.opening import OpenMount
-from pbkfs.mount.request import LogOptions, MountPlace, MountRequest
+from pbkfs.mount.request import LogOptions, MountPlace, MountRequest, reason
 from pbkfs.overlay.diff import Diff, open_layers
 from pbkfs.overlay.ledger import Ledger, Numbers, read_ledger
 from pbkfs.overlay.revival import decide
@@ -105,15 +106,13 @@ def open_taken(numbers: Numbers, fds: Mapping[str, int]) -> tuple[OpenMount, Led
     meta = numbers.meta
     diff_path = Path(meta["diff"])
     owner = (int(meta["owner"][0]), int(meta["owner"][1]))
-    for name, fd in fds.items():
-        if name.startswith(OBJECTS_FD):
-            _check_file_system(fd)
+    ledger = Ledger.resume(fds["ledger"], numbers)
+    check_file_systems(ledger, [fd for name, fd in fds.items() if name.startswith(OBJECTS_FD)])
     address = BaseAddress(**meta["base"])
     base = open_base(address, force=True, owner=owner)
     # The dead one may have just replaced the superblock.
     durable.fsync_dir(diff_path, label="takeover:diff")
     diff = Diff.open(diff_path, base)
-    ledger = Ledger.resume(fds["ledger"], numbers)
     decide(ledger, numbers, diff.live)
     sealed = open_layers(diff)
     log_pipe, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -171,13 +170,33 @@ def read_numbers(fds: Mapping[str, int]) -> Numbers:
         raise RefusedError(f"the ledger of the mount can't be used: {error}") from error
 
 
-def _check_file_system(objects_fd: int) -> None:
-    """Raise RefusedError if the file system below had a write error since the mount began.
+def check_file_systems(ledger: Ledger, objects_fds: Sequence[int]) -> None:
+    """Raise RefusedError if a file system below had a write error since the mount began.
 
-    A worker remembers that a file's fsync failed, and this memory is lost; but this descriptor,
-    which is as old as the mount, was never told of the error. Source: syncfs(2), Linux 5.8.
+    A worker remembers that a file's fsync failed, and this memory is lost; but these descriptors,
+    which are as old as the mount, were never told of the error. They are told once (source:
+    syncfs(2), Linux 5.8), so whoever dies while he asks has no successor. What takes its time is
+    done before, through descriptors of this process.
     """
+    for fd in objects_fds:
+        with contextlib.suppress(OSError):
+            young = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _syncfs(young)
+            finally:
+                os.close(young)
+    with ledger.unusable():
+        for fd in objects_fds:
+            try:
+                _syncfs(fd)
+            except OSError as error:
+                raise RefusedError(
+                    f"what was written to the diff may not be there: {reason(error)}"
+                ) from error
+
+
+def _syncfs(fd: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(objects_fd) != 0:
-        reason = os.strerror(ctypes.get_errno()).lower()
-        raise RefusedError(f"what was written to the diff may not be there: {reason}")
+    if libc.syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -15,6 +15,7 @@ worker on the same one; read by ``read_ledger`` at the begin of a takeover.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -240,10 +241,20 @@ class Ledger:
             return
         self._end += n_written
 
+    @contextlib.contextmanager
+    def unusable(self) -> Iterator[None]:
+        """Nobody can take over from whoever dies in here, or fails."""
+        self._say_usable(False)
+        yield
+        self._say_usable(True)
+
+    def _say_usable(self, is_usable: bool) -> None:
+        os.pwrite(self.fd, struct.pack("<I", is_usable), _IS_USABLE_AT)
+
     def give_up(self, reason: str | None) -> None:
         """Say that nobody can take over by this ledger; the mount itself goes on."""
         self._is_usable = False
-        os.pwrite(self.fd, struct.pack("<I", 0), _IS_USABLE_AT)
+        self._say_usable(False)
         _log.warning("the death of this worker will end the mount: its ledger failed: %s", reason)
 
     def tidy(self) -> None:
@@ -317,7 +328,7 @@ def read_ledger(fd: int) -> Numbers:
     if magic != _MAGIC or version != VERSION:
         raise DiffError(f"the ledger of the mount is of version {version}, not {VERSION}")
     if not is_usable:
-        raise DiffError("the ledger of the mount had failed before")
+        raise DiffError("it had failed, or a worker died while it asked for write errors")
     data = os.pread(fd, os.fstat(fd).st_size - begin, begin)
     numbers = Numbers()
     n_bytes = 0

@@ -1,0 +1,67 @@
+"""What a worker that takes over asks of the ledger and of the file systems, before it opens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pbkfs.errors import PbkfsError
+from pbkfs.mount import takeover
+from pbkfs.overlay.ledger import Ledger, read_ledger
+
+
+def check_in_child(ledger: Ledger, place: Path, syncfs: Callable[[int], None]) -> int:
+    """Ask for write errors in another process; returns its exit code."""
+    fd = os.open(place, os.O_RDONLY)
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            takeover._syncfs = syncfs
+            takeover.check_file_systems(ledger, [fd])
+            code = 0
+        except takeover.RefusedError:
+            code = takeover.EXIT_REFUSED
+        finally:
+            os._exit(code)
+    os.close(fd)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def test_write_error_is_told_once_and_refused_for_good(tmp_path: Path) -> None:
+    """Whoever dies between the kernel's word and his own has no successor."""
+    ledger = Ledger.make()
+    asked: list[int] = []
+
+    def die_when_told(_fd: int) -> None:
+        asked.append(_fd)
+        if len(asked) == 2:  # the first one was this process's own
+            os._exit(77)
+
+    assert check_in_child(ledger, tmp_path, die_when_told) == 77
+    with pytest.raises(PbkfsError, match="died while it asked for write errors"):
+        read_ledger(ledger.fd)
+
+
+def test_death_while_the_disk_writes_is_survived(tmp_path: Path) -> None:
+    """What takes its time consumes nothing."""
+    ledger = Ledger.make()
+    assert check_in_child(ledger, tmp_path, lambda _fd: os._exit(77)) == 77
+    read_ledger(ledger.fd)
+    assert check_in_child(ledger, tmp_path, lambda _fd: None) == 0
+    read_ledger(ledger.fd)
+
+
+def test_write_error_ends_the_mount(tmp_path: Path) -> None:
+    ledger = Ledger.make()
+
+    def fail(_fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    assert check_in_child(ledger, tmp_path, fail) == takeover.EXIT_REFUSED
+    with pytest.raises(PbkfsError):
+        read_ledger(ledger.fd)
