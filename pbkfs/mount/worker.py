@@ -368,6 +368,9 @@ class Worker:
             return
         objects_fd = os.open(opened.diff.live.path / OBJECTS, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if not keeping.tells_errors(objects_fd):
+                self.ledger.give_up("the file system of the diff does not tell of write errors")
+                return
             fds = {
                 "fuse": session.fuse_fd,
                 "ledger": self.ledger.fd,

@@ -237,7 +237,7 @@ class Ledger:
         else:
             reason = "no memory"
         if n_written != len(frame):
-            self.give_up(reason)
+            self.give_up(f"its ledger failed: {reason}")
             return
         self._end += n_written
 
@@ -251,11 +251,11 @@ class Ledger:
     def _say_usable(self, is_usable: bool) -> None:
         os.pwrite(self.fd, struct.pack("<I", is_usable), _IS_USABLE_AT)
 
-    def give_up(self, reason: str | None) -> None:
+    def give_up(self, reason: str) -> None:
         """Say that nobody can take over by this ledger; the mount itself goes on."""
         self._is_usable = False
         self._say_usable(False)
-        _log.warning("the death of this worker will end the mount: its ledger failed: %s", reason)
+        _log.warning("the death of this worker will end the mount: %s", reason)
 
     def tidy(self) -> None:
         """Write what counts anew, if most of it does not; between two changes of the tree."""

@@ -237,6 +237,14 @@ def test_worker_dies_with_its_keeper(tmp_path: Path) -> None:
         os.kill(int(str(said["pid"])), signal.SIGKILL)
 
 
+def test_file_systems_that_tell_of_write_errors(tmp_path: Path) -> None:
+    """Of others a new worker would learn nothing; of overlayfs above all."""
+    for path, answer in ((tmp_path, True), (Path("/dev/shm"), True), (Path("/proc"), False)):
+        fd = os.open(path, os.O_RDONLY)
+        assert keeping.tells_errors(fd) is answer, path
+        os.close(fd)
+
+
 @pytest.mark.parametrize(
     ("release", "answer"), [("6.8.12", False), ("6.9.0-1", True), ("7.0", True)]
 )
