@@ -23,6 +23,7 @@ from pbkfs.mount import control, lock, mounts
 from pbkfs.mount.base import open_base
 from pbkfs.mount.binding import read_binding
 from pbkfs.mount.detaching import check_not_detached
+from pbkfs.mount.keeping import EXIT_REFUSED
 from pbkfs.mount.request import reason
 from pbkfs.mount.standstill import Standstill
 from pbkfs.overlay import sealing
@@ -262,10 +263,13 @@ class Sealer:
 
 
 def end_worker(error: BrokenSealError) -> NoReturn:
-    """End this process at once: the disk has another stack than it has in memory."""
+    """End this process at once: the disk has another stack than it has in memory.
+
+    Nobody takes over: which stack a power cut would find, only the next mount settles.
+    """
     logger.critical("%s; the worker ends, mount the diff again", error)
     logging.shutdown()
-    os._exit(1)
+    os._exit(EXIT_REFUSED)
 
 
 @contextlib.contextmanager

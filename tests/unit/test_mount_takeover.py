@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pbkfs.errors import PbkfsError
-from pbkfs.mount import takeover
+from pbkfs.mount import sealing, takeover
 from pbkfs.overlay.ledger import Ledger, read_ledger
+from pbkfs.overlay.sealing import BrokenSealError
 
 
 def check_in_child(ledger: Ledger, place: Path, syncfs: Callable[[int], None]) -> int:
@@ -65,3 +66,12 @@ def test_write_error_ends_the_mount(tmp_path: Path) -> None:
     assert check_in_child(ledger, tmp_path, fail) == takeover.EXIT_REFUSED
     with pytest.raises(PbkfsError):
         read_ledger(ledger.fd)
+
+
+@pytest.mark.expect_log("half changed")
+def test_nobody_takes_over_from_a_broken_seal() -> None:
+    pid = os.fork()
+    if pid == 0:
+        sealing.end_worker(BrokenSealError("the stack of diff d is half changed"))
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == takeover.EXIT_REFUSED
