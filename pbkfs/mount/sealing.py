@@ -163,9 +163,12 @@ class Sealer:
         mountpoint: Path,
         hydrator: Hydrator,
         note_hold: Callable[[bool], None],
+        note_layer: Callable[[Path], None],
     ) -> None:
-        """``note_hold`` is told before the server is held, and after it was let go."""
+        """``note_hold`` is told before the server is held, and after it was let go; ``note_layer``
+        of the new layer's directory, before anything is written to it."""
         self._note_hold = note_hold
+        self._note_layer = note_layer
         self._tree = tree
         self._diff = diff
         self._mountpoint = mountpoint
@@ -200,6 +203,7 @@ class Sealer:
         note = None
         try:
             await trio.to_thread.run_sync(seal.prepare)
+            self._note_layer(new_live)
             try:
                 if hold:
                     self._note_hold(True)

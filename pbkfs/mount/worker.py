@@ -158,6 +158,7 @@ class Worker:
         self.link = link
         self.ledger: Ledger | None = None
         self.taken: Taken | None = None
+        self._objects_fd = -1
         self._devices: set[int] = set()
         self.is_armed = False
         self.is_ending = False
@@ -343,7 +344,10 @@ class Worker:
         """Write down from now on what another worker would need."""
         if self.link is None:
             return
+        objects = self.opened.diff.live.path / OBJECTS
         try:
+            # Before anything is written: a younger descriptor would not know of older errors.
+            self._objects_fd = os.open(objects, os.O_RDONLY | os.O_CLOEXEC)
             self.ledger = Ledger.make()
             self.opened.tree.keep_ledger(self.ledger)
         except OSError as error:
@@ -366,22 +370,19 @@ class Worker:
         self.ledger.note_init(session.init_request)
         if not self.ledger.is_usable:
             return
-        objects_fd = os.open(opened.diff.live.path / OBJECTS, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if not keeping.tells_errors(objects_fd):
-                self.ledger.give_up("the file system of the diff does not tell of write errors")
-                return
-            fds = {
-                "fuse": session.fuse_fd,
-                "ledger": self.ledger.fd,
-                "lock": opened.lock.fileno(),
-                "control": server.fileno(),
-                takeover.OBJECTS_FD: objects_fd,
-            }
-            self._devices.add(os.fstat(objects_fd).st_dev)
-            self.link.send("armed", fds, keeping.command(), **self._keeper_log())
-        finally:
-            os.close(objects_fd)
+        if not keeping.tells_errors(self._objects_fd):
+            self.ledger.give_up("the file system of the diff does not tell of write errors")
+            return
+        fds = {
+            "fuse": session.fuse_fd,
+            "ledger": self.ledger.fd,
+            "lock": opened.lock.fileno(),
+            "control": server.fileno(),
+            takeover.OBJECTS_FD: self._objects_fd,
+        }
+        self._devices.add(os.fstat(self._objects_fd).st_dev)
+        self.link.send("armed", fds, keeping.command(), **self._keeper_log())
+        os.close(self._objects_fd)
         self.is_armed = True
         session.fail_with(self.fail)
 
@@ -425,16 +426,21 @@ class Worker:
         if self.ledger is not None:
             self.ledger.note(holds_server=is_held)
 
-    def _keep_objects(self) -> None:
-        """Give the keeper a descriptor of the file system of a new live layer: see takeover."""
-        if self.link is None or self.ledger is None:
+    def _note_layer(self, path: Path) -> None:
+        """Give the keeper a descriptor of the file system of a new live layer: see takeover.
+
+        Raises OSError.
+        """
+        if self.link is None or not self.is_armed or self.ledger is None:
             return
-        fd = os.open(self.opened.diff.live.path / OBJECTS, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path / OBJECTS, os.O_RDONLY | os.O_CLOEXEC)
         try:
             device = os.fstat(fd).st_dev
-            if device not in self._devices:
-                self._devices.add(device)
+            if not keeping.tells_errors(fd):
+                self.ledger.give_up(f"the file system of {path} does not tell of write errors")
+            elif device not in self._devices:
                 self.link.send("added", {f"{takeover.OBJECTS_FD}-{device}": fd})
+                self._devices.add(device)
         finally:
             os.close(fd)
 
@@ -632,11 +638,14 @@ class Worker:
                 )
             opened = self.opened
             sealer = Sealer(
-                opened.tree, opened.diff_path, opened.place.path, self.hydrator, self._note_hold
+                opened.tree,
+                opened.diff_path,
+                opened.place.path,
+                self.hydrator,
+                self._note_hold,
+                self._note_layer,
             )
-            answer = await sealer.seal(request)
-            self._keep_objects()
-            return answer
+            return await sealer.seal(request)
 
     async def _on_restack(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._session is not None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import trio
 
 from pbkfs.errors import PbkfsError
 from pbkfs.mount import sealing, takeover
@@ -75,3 +79,65 @@ def test_nobody_takes_over_from_a_broken_seal() -> None:
         sealing.end_worker(BrokenSealError("the stack of diff d is half changed"))
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == takeover.EXIT_REFUSED
+
+
+class _Steps:
+    """A tree, its seal and a hydrator, of which only the order of the calls is looked at."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.hydration = self
+
+    def begin_seal(self, *_args: object) -> _Steps:
+        return self
+
+    def prepare(self) -> None:
+        self.done.append("prepare")
+
+    def switch(self) -> object:
+        self.done.append("switch")
+        layer = SimpleNamespace(uuid=uuid.uuid4(), path="sealed")
+        return SimpleNamespace(layer=layer, gate_ns=0, wal_bytes=0)
+
+    def finish(self) -> None:
+        self.done.append("finish")
+
+    def cancel(self) -> None:
+        self.done.append("cancel")
+
+    def forget(self) -> None:
+        pass
+
+    async def pause(self) -> bool:
+        return False
+
+    def resume(self, *, is_wanted: bool) -> None:
+        assert not is_wanted
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
+def test_keeper_has_the_new_layer_before_it_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    """Else a worker that dies after the switch would leave nobody who knows of write errors."""
+    steps: Any = _Steps()
+
+    def note(path: Path) -> None:
+        steps.done.append(f"note {path.name}")
+        if error is not None:
+            raise error
+
+    sealer = sealing.Sealer(steps, tmp_path, tmp_path, steps, lambda _is_held: None, note)
+
+    async def no_sync(_limit_s: float) -> None:
+        pass
+
+    monkeypatch.setattr(sealer, "_sync_mount", no_sync)
+    request = {"live": str(tmp_path / "new"), "hold": False}
+    if error is None:
+        trio.run(sealer.seal, request)
+        assert steps.done == ["prepare", "note new", "switch", "finish"]
+    else:
+        with pytest.raises(PbkfsError, match="no space left"):
+            trio.run(sealer.seal, request)
+        assert steps.done == ["prepare", "note new", "cancel"]
