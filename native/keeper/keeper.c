@@ -36,7 +36,6 @@
 #include <sys/mount.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -65,10 +64,10 @@ struct words {
     size_t length;
 };
 
-/* One worker: its process, and this end of the socket to it. pid is 0 where there is none. */
+/* One worker: its process, which is a child and so keeps its number until it was waited for, and this end of the socket to it. pid
+ * is 0 where there is none. */
 struct child {
     pid_t pid;
-    int pidfd;
     int sock;
     bool is_silent; /* its end of the socket is closed: it is about to die */
     bool is_serving;
@@ -138,30 +137,12 @@ static void say(const char *format, ...)
     close(fd);
 }
 
-static void send_signal(const struct child *child, int number)
-{
-    syscall(SYS_pidfd_send_signal, child->pidfd, number, NULL, 0);
-}
-
 /* --- children ----------------------------------------------------------------------------------------------------- */
 
-static struct child child_of(pid_t pid, int sock)
+static void forget(struct child *child)
 {
-    struct child child = {.pid = pid, .sock = sock};
-    child.pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-    return child;
-}
-
-/* Waits for the end of a child, all of its threads; returns its exit code, or a signal's number below zero. */
-static int reap(struct child *child)
-{
-    int status = 0;
-    while (waitpid(child->pid, &status, 0) < 0 && errno == EINTR)
-        ;
-    close(child->pidfd);
     close(child->sock);
     memset(child, 0, sizeof *child);
-    return WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
 }
 
 /* Starts a worker, which gets its end of the socket as descriptor 3; pid is 0 if it can't be. */
@@ -198,16 +179,14 @@ static struct child spawn(const struct words *what)
         say("a worker can't be started: %s", strerror(error));
         return none;
     }
-    return child_of(pid, pair[0]);
+    return (struct child){.pid = pid, .sock = pair[0]};
 }
 
 /* Lets the worker go on: what was to replace it is not able to. */
 static void drop_heir(const char *why)
 {
-    pid_t pid = heir.pid;
-    send_signal(&heir, SIGKILL);
-    reap(&heir);
-    say("worker %d stays; %d was to replace it, but %s", (int)worker.pid, (int)pid, why);
+    say("worker %d stays; %d was to replace it, but %s", (int)worker.pid, (int)heir.pid, why);
+    forget(&heir);
 }
 
 /* --- messages ----------------------------------------------------------------------------------------------------- */
@@ -253,7 +232,7 @@ static void forward_end(void)
 {
     if (is_ending && (!is_kept("fuse") || worker.is_serving)) {
         is_ending = false;
-        send_signal(&worker, SIGTERM);
+        kill(worker.pid, SIGTERM);
     }
 }
 
@@ -282,7 +261,7 @@ static void act(struct child *child, const char *event, const struct words *args
     } else if (!strcmp(event, "warm") && child == &heir) {
         heir_is_warm = true;
         /* An end on purpose is one by SIGKILL, too: there is only one way to take over. */
-        send_signal(&worker, SIGKILL);
+        kill(worker.pid, SIGKILL);
     } /* else it is of a later version */
 }
 
@@ -380,15 +359,16 @@ static void wait_ms(long ms)
         ;
 }
 
-/* Reaps the worker and has another one take over. Returns an exit code where that ends, else -1. */
-static int bury(void)
+/* The worker has ended, with an exit code or a signal's number below zero: has another one take over. Returns an exit code where
+ * that ends, else -1. */
+static int bury(int code)
 {
     struct pollfd last_words = {.fd = worker.sock, .events = POLLIN};
     while (!worker.is_silent && poll(&last_words, 1, 0) > 0)
         receive(&worker);
     int64_t served_ms = worker.is_serving ? now_ms() - worker.serving_at : 0;
     int pid = (int)worker.pid;
-    int code = reap(&worker);
+    forget(&worker);
     if (code == EXIT_DONE || !is_kept("fuse"))
         return code >= 0 ? code : 1;
     char how[128];
@@ -430,14 +410,31 @@ static int bury(void)
     return -1;
 }
 
+/* Looks for children that have ended, all of their threads. Returns an exit code where the mount ends, else -1. */
+static int reap(void)
+{
+    int status;
+    pid_t pid;
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        int code = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
+        if (pid == heir.pid)
+            drop_heir("it died");
+        if (pid == worker.pid && (code = bury(code)) >= 0)
+            return code;
+    }
+    /* Without a child there is no worker, however it has ended. */
+    return pid < 0 && errno == ECHILD ? 1 : -1;
+}
+
 static int run(void)
 {
     for (;;) {
-        struct pollfd polled[5] = {
+        int code = reap();
+        if (code >= 0)
+            return code;
+        struct pollfd polled[3] = {
             {.fd = signals, .events = POLLIN},
-            {.fd = worker.pidfd, .events = POLLIN},
             {.fd = worker.is_silent ? -1 : worker.sock, .events = POLLIN},
-            {.fd = heir.pid ? heir.pidfd : -1, .events = POLLIN},
             {.fd = heir.pid && !heir.is_silent ? heir.sock : -1, .events = POLLIN},
         };
         int64_t left = -1;
@@ -445,27 +442,22 @@ static int run(void)
             left = heir_until - now_ms();
             left = left < 0 ? 0 : left;
         }
-        if (poll(polled, 5, (int)left) < 0)
+        if (poll(polled, 3, (int)left) < 0)
             continue;
         if (polled[0].revents) {
             struct signalfd_siginfo said;
-            if (read(signals, &said, sizeof said) == sizeof said) {
+            if (read(signals, &said, sizeof said) == sizeof said && said.ssi_signo != SIGCHLD) {
                 is_ending = true;
                 forward_end();
             }
         }
-        if (polled[2].revents)
+        if (polled[1].revents)
             receive(&worker);
-        if (polled[4].revents)
+        if (polled[2].revents)
             receive(&heir);
-        if (heir.pid && polled[3].revents)
-            drop_heir("it died");
-        else if (heir.pid && !heir_is_warm && now_ms() >= heir_until)
+        if (heir.pid && !heir_is_warm && now_ms() >= heir_until) {
+            kill(heir.pid, SIGKILL);
             drop_heir("it was not ready in time");
-        if (polled[1].revents) {
-            int code = bury();
-            if (code >= 0)
-                return code;
         }
     }
 }
@@ -474,19 +466,22 @@ static int run(void)
 static int keep_mount(int sock, pid_t pid)
 {
     fcntl(sock, F_SETFD, FD_CLOEXEC);
-    /* Blocked since before the worker was forked, so none was missed. What else could end this process is ignored since then. */
-    sigset_t ending;
-    sigemptyset(&ending);
-    sigaddset(&ending, SIGTERM);
-    sigaddset(&ending, SIGINT);
-    sigprocmask(SIG_SETMASK, &ending, NULL);
-    signals = signalfd(-1, &ending, SFD_CLOEXEC);
-    worker = child_of(pid, sock);
+    /* These two are blocked since before the worker was forked, so none was missed. What else could end this process is ignored
+     * since then. The death of a child is looked for before it is waited for. */
+    sigset_t awaited;
+    sigemptyset(&awaited);
+    sigaddset(&awaited, SIGTERM);
+    sigaddset(&awaited, SIGINT);
+    sigaddset(&awaited, SIGCHLD);
+    sigprocmask(SIG_SETMASK, &awaited, NULL);
+    signal(SIGCHLD, SIG_DFL); /* were it ignored, as the command may have been told, nobody could be waited for */
+    signals = signalfd(-1, &awaited, SFD_CLOEXEC);
+    if (signals < 0)
+        return 1; /* the worker goes with this process, and nothing is mounted yet */
+    worker = (struct child){.pid = pid, .sock = sock};
     int code = run();
-    if (heir.pid) {
-        send_signal(&heir, SIGKILL);
-        reap(&heir);
-    }
+    if (heir.pid)
+        kill(heir.pid, SIGKILL);
     return code;
 }
 

@@ -110,6 +110,25 @@ def test_killed_workers_are_replaced_until_one_ends_well(tmp_path: Path) -> None
         assert end_of(keeper) == 0
 
 
+def test_death_is_seen_where_the_command_ignored_that_of_its_children(tmp_path: Path) -> None:
+    """A signal that is ignored stays so in what is started."""
+
+    def die_later(link: keeping.Link) -> None:
+        wait_for(lambda: is_keeper(link.pid), "the keeper")
+        time.sleep(0.2)
+        kill_self(link)
+
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with kept(tmp_path, heir(tmp_path), die_later) as keeper:
+            signal.signal(signal.SIGCHLD, before)
+            assert "died of signal 9" in str(hear(tmp_path)["why"])
+            (tmp_path / "said.end").write_text("0")
+            assert end_of(keeper) == 0
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_death_before_arming_is_no_matter() -> None:
     pid = os.fork()
     if pid == 0:
