@@ -55,6 +55,10 @@
 #define PAUSE_MS 200
 /* What is to replace a worker has so long to get ready; else the worker stays. */
 #define WARM_LIMIT_MS 60000
+/* So long after a death somebody has to serve: whoever uses the mount waits, and can't even be killed. */
+#ifndef TAKEOVER_LIMIT_MS
+#define TAKEOVER_LIMIT_MS 300000
+#endif
 
 extern char **environ;
 
@@ -84,6 +88,7 @@ static struct child worker;
 static struct child heir; /* is to replace the worker on purpose, and gets ready */
 static bool heir_is_warm;
 static int64_t heir_until;
+static int64_t serving_until; /* 0: somebody serves */
 static struct words command, fallback, heir_command;
 static struct kept kept[MAX_FDS];
 static size_t n_kept;
@@ -251,6 +256,7 @@ static void act(struct child *child, const char *event, const struct words *args
     } else if (!strcmp(event, "serving")) {
         child->is_serving = true;
         child->serving_at = now_ms();
+        serving_until = 0;
         n_takeovers++;
         forward_end();
     } else if (!strcmp(event, "replace") && !heir.pid && child == &worker) {
@@ -359,6 +365,18 @@ static void wait_ms(long ms)
         ;
 }
 
+/* Whether the program before an upgrade is to try now. */
+static bool go_back(void)
+{
+    if (!fallback.length)
+        return false;
+    say("going back to the program before");
+    take_words(&command, fallback.text, fallback.length);
+    fallback.length = 0;
+    n_deaths = 0;
+    return true;
+}
+
 /* The worker has ended, with an exit code or a signal's number below zero: has another one take over. Returns an exit code where
  * that ends, else -1. */
 static int bury(int code)
@@ -380,6 +398,8 @@ static int bury(int code)
         say("nobody can take over; the mount ends");
         return EXIT_REFUSED;
     }
+    if (!serving_until)
+        serving_until = now_ms() + TAKEOVER_LIMIT_MS;
     bool is_wanted = heir.pid && heir_is_warm;
     n_deaths = is_wanted || served_ms >= SERVICE_MS ? 0 : n_deaths + 1;
     if (is_wanted) {
@@ -390,13 +410,7 @@ static int bury(int code)
         snprintf(how, sizeof how, "worker %d was replaced", pid);
     }
     for (; !worker.pid; n_deaths++) {
-        if (n_deaths >= MAX_DEATHS && fallback.length) {
-            say("%s: going back to the program before", how);
-            take_words(&command, fallback.text, fallback.length);
-            fallback.length = 0;
-            n_deaths = 0;
-        }
-        if (n_deaths >= MAX_DEATHS) {
+        if (n_deaths >= MAX_DEATHS && !go_back()) {
             say("%s, as did %u before it; the mount ends", how, n_deaths - 1);
             return 1;
         }
@@ -426,6 +440,16 @@ static int reap(void)
     return pid < 0 && errno == ECHILD ? 1 : -1;
 }
 
+/* For how many milliseconds nothing is to be done unasked; -1: for ever. */
+static int time_left(void)
+{
+    int64_t until = serving_until;
+    if (heir.pid && !heir_is_warm && (!until || heir_until < until))
+        until = heir_until;
+    int64_t left = until - now_ms();
+    return !until ? -1 : left < 0 ? 0 : (int)left;
+}
+
 static int run(void)
 {
     for (;;) {
@@ -437,12 +461,7 @@ static int run(void)
             {.fd = worker.is_silent ? -1 : worker.sock, .events = POLLIN},
             {.fd = heir.pid && !heir.is_silent ? heir.sock : -1, .events = POLLIN},
         };
-        int64_t left = -1;
-        if (heir.pid && !heir_is_warm) {
-            left = heir_until - now_ms();
-            left = left < 0 ? 0 : left;
-        }
-        if (poll(polled, 3, (int)left) < 0)
+        if (poll(polled, 3, time_left()) < 0)
             continue;
         if (polled[0].revents) {
             struct signalfd_siginfo said;
@@ -458,6 +477,15 @@ static int run(void)
         if (heir.pid && !heir_is_warm && now_ms() >= heir_until) {
             kill(heir.pid, SIGKILL);
             drop_heir("it was not ready in time");
+        }
+        if (serving_until && now_ms() >= serving_until) {
+            say("worker %d did not take over in time", (int)worker.pid);
+            kill(worker.pid, SIGKILL);
+            if (!go_back()) {
+                say("the mount ends");
+                return 1; /* without waiting for it: it may be one that can't die */
+            }
+            serving_until = now_ms() + TAKEOVER_LIMIT_MS;
         }
     }
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from machine import ROOT
 
 from pbkfs.mount import keeping
 
@@ -90,6 +94,23 @@ def end_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+@pytest.fixture
+def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have the keeper be one with other limits."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+
+    def limit(**limits: int) -> None:
+        program = tmp_path / "pbkfs-keeper"
+        words = [f"-D{name}={value}" for name, value in limits.items()]
+        source = ROOT / "native" / "keeper" / "keeper.c"
+        subprocess.run([compiler, *words, "-o", program, source], check=True)
+        monkeypatch.setattr(keeping, "PROGRAM", str(program))
+
+    return limit
+
+
 def kill_self(_link: keeping.Link) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -149,6 +170,36 @@ def test_keeper_gives_up_where_all_die_at_once(tmp_path: Path) -> None:
     with kept(tmp_path, command, kill_self) as keeper:
         assert end_of(keeper) == 1
     assert "as did 4 before it" in (tmp_path / "log").read_text()
+
+
+def test_keeper_does_not_wait_for_ever_for_a_worker(
+    tmp_path: Path, limited: Callable[..., None]
+) -> None:
+    limited(TAKEOVER_LIMIT_MS=1000)
+    command = heir(tmp_path, before=f"time.sleep({_SOON_S})")
+    with kept(tmp_path, command, kill_self) as keeper:
+        late = int(str(hear(tmp_path)["pid"]))
+        assert end_of(keeper) == 1
+        wait_for(lambda: not Path(f"/proc/{late}").exists(), "its end")
+    assert "did not take over in time" in (tmp_path / "log").read_text()
+
+
+def test_program_before_is_tried_where_the_new_one_hangs(
+    tmp_path: Path, limited: Callable[..., None]
+) -> None:
+    limited(TAKEOVER_LIMIT_MS=3000)
+
+    def replace(link: keeping.Link) -> None:
+        link.send(
+            "replace", command=heir(tmp_path, "second", before=f"time.sleep({_SOON_S})")
+        )
+        time.sleep(_SOON_S)
+
+    with kept(tmp_path, heir(tmp_path), replace) as keeper:
+        assert hear(tmp_path)["by"] == "second"
+        assert hear(tmp_path)["by"] == "first"
+        (tmp_path / "said.end").write_text("0")
+        assert end_of(keeper) == 0
 
 
 def test_replacement_takes_over_when_it_is_ready(tmp_path: Path) -> None:
