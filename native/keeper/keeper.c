@@ -49,9 +49,16 @@
 #define EXIT_DONE 0
 #define EXIT_REFUSED 64
 
-/* So many deaths in a row without so much service are taken for a cause that does not go away. */
+/* So many deaths in a row without so much service are taken for a cause that does not go away, and so are more than so many in an
+ * hour. (The limits that have an #ifndef are others in tests.) */
 #define MAX_DEATHS 5
+#ifndef SERVICE_MS
 #define SERVICE_MS 1000
+#endif
+#ifndef MAX_DEATHS_AN_HOUR
+#define MAX_DEATHS_AN_HOUR 100
+#endif
+#define HOUR_MS 3600000
 #define PAUSE_MS 200
 /* What is to replace a worker has so long to get ready; else the worker stays. */
 #define WARM_LIMIT_MS 60000
@@ -96,6 +103,8 @@ static bool is_incomplete; /* something could not be kept, so nobody can take ov
 static char *log_path;
 static bool log_is_json;
 static unsigned n_deaths, n_takeovers;
+static int64_t deaths[MAX_DEATHS_AN_HOUR]; /* when; the next one takes the place of the oldest, at next_death */
+static unsigned next_death;
 static bool is_ending; /* somebody wants the mount to end, and no worker has been told */
 static int signals = -1;
 static char message[MAX_MESSAGE];
@@ -374,7 +383,17 @@ static bool go_back(void)
     take_words(&command, fallback.text, fallback.length);
     fallback.length = 0;
     n_deaths = 0;
+    memset(deaths, 0, sizeof deaths);
     return true;
+}
+
+/* Notes a death; whether it is one too many in an hour. */
+static bool is_too_many(void)
+{
+    int64_t oldest = deaths[next_death], now = now_ms();
+    deaths[next_death] = now;
+    next_death = (next_death + 1) % MAX_DEATHS_AN_HOUR;
+    return oldest && now - oldest < HOUR_MS;
 }
 
 /* The worker has ended, with an exit code or a signal's number below zero: has another one take over. Returns an exit code where
@@ -402,6 +421,8 @@ static int bury(int code)
         serving_until = now_ms() + TAKEOVER_LIMIT_MS;
     bool is_wanted = heir.pid && heir_is_warm;
     n_deaths = is_wanted || served_ms >= SERVICE_MS ? 0 : n_deaths + 1;
+    if (!is_wanted && is_too_many())
+        n_deaths = MAX_DEATHS;
     if (is_wanted) {
         take_words(&fallback, command.text, command.length);
         take_words(&command, heir_command.text, heir_command.length);
@@ -411,7 +432,7 @@ static int bury(int code)
     }
     for (; !worker.pid; n_deaths++) {
         if (n_deaths >= MAX_DEATHS && !go_back()) {
-            say("%s, as did %u before it; the mount ends", how, n_deaths - 1);
+            say("%s, and so did too many others; the mount ends", how);
             return 1;
         }
         if (n_deaths > 1)

@@ -111,6 +111,13 @@ def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     return limit
 
 
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def kill_self(_link: keeping.Link) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -169,7 +176,18 @@ def test_keeper_gives_up_where_all_die_at_once(tmp_path: Path) -> None:
     command = heir(tmp_path, before="os._exit(1)")
     with kept(tmp_path, command, kill_self) as keeper:
         assert end_of(keeper) == 1
-    assert "as did 4 before it" in (tmp_path / "log").read_text()
+    assert "so did too many others" in (tmp_path / "log").read_text()
+
+
+def test_keeper_gives_up_where_too_many_die_after_some_service(
+    tmp_path: Path, limited: Callable[..., None]
+) -> None:
+    limited(SERVICE_MS=0, MAX_DEATHS_AN_HOUR=20)
+    counted = f"open({str(tmp_path / 'count')!r}, 'a').write('x'); sock.send(b'serving\\0'); "
+    with kept(tmp_path, heir(tmp_path, before=counted + "os._exit(1)"), kill_self) as keeper:
+        assert end_of(keeper) == 1
+    assert "so did too many others" in (tmp_path / "log").read_text()
+    assert (tmp_path / "count").read_text() == 20 * "x"
 
 
 def test_keeper_does_not_wait_for_ever_for_a_worker(
@@ -180,7 +198,7 @@ def test_keeper_does_not_wait_for_ever_for_a_worker(
     with kept(tmp_path, command, kill_self) as keeper:
         late = int(str(hear(tmp_path)["pid"]))
         assert end_of(keeper) == 1
-        wait_for(lambda: not Path(f"/proc/{late}").exists(), "its end")
+        wait_for(lambda: has_ended(late), "its end")
     assert "did not take over in time" in (tmp_path / "log").read_text()
 
 
@@ -282,7 +300,7 @@ def test_command_that_is_not_there_counts_as_a_death(tmp_path: Path) -> None:
         assert end_of(keeper) == 1
     said = (tmp_path / "log").read_text()
     assert "a worker can't be started: No such file or directory" in said
-    assert "as did 4 before it" in said
+    assert "so did too many others" in said
 
 
 def test_another_worker_takes_over_while_a_replacement_gets_ready(tmp_path: Path) -> None:
