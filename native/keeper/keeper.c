@@ -16,6 +16,7 @@
  *   warm     a new worker has imported all that it needs
  *   serving  a new worker serves
  *   replace  arg=WORD: have another program take over, on purpose
+ *   over     the connection is to end with this worker, whoever still uses the mount
  * keeper -> worker
  *   go       fd=NAME why=TEXT takeovers=N: take over
  *
@@ -223,6 +224,16 @@ static void keep(const char *name, int fd)
     kept[i].fd = fd;
 }
 
+static void drop(const char *name)
+{
+    for (size_t i = 0; i < n_kept; i++)
+        if (!strcmp(kept[i].name, name)) {
+            close(kept[i].fd);
+            kept[i] = kept[--n_kept];
+            return;
+        }
+}
+
 static bool is_kept(const char *name)
 {
     for (size_t i = 0; i < n_kept; i++)
@@ -268,6 +279,8 @@ static void act(struct child *child, const char *event, const struct words *args
         serving_until = 0;
         n_takeovers++;
         forward_end();
+    } else if (!strcmp(event, "over") && child == &worker) {
+        drop("fuse");
     } else if (!strcmp(event, "replace") && !heir.pid && child == &worker) {
         take_words(&heir_command, args->text, args->length);
         heir = spawn(&heir_command);

@@ -570,6 +570,9 @@ class Worker:
             with trio.move_on_after(START_LIMIT_S):
                 await trio.to_thread.run_sync(aside.sync, path, abandon_on_cancel=True)
             await trio.to_thread.run_sync(lambda: session.unmount(lazy=True))
+            if self.is_armed and self.link is not None:
+                # Its copy of the connection would let users wait for what nobody serves any more.
+                self.link.send("over")
             session.close()
 
     async def _on_ping(self, _request: dict[str, Any]) -> dict[str, Any]:

@@ -260,6 +260,28 @@ def test_keeper_goes_back_to_the_program_before(tmp_path: Path) -> None:
         assert end_of(keeper) == 0
 
 
+def test_connection_that_is_over_is_let_go(tmp_path: Path) -> None:
+    """At once, and nobody takes over from a worker that dies after it."""
+
+    def end(link: keeping.Link) -> None:
+        link.send("over")
+        wait_for(lambda: is_keeper(link.pid), "the keeper")
+        fuse = os.stat(tmp_path / "fuse")
+        wait_for(lambda: not has_open(link.pid, fuse), "the keeper lets go")
+        (tmp_path / "let-go").touch()
+        kill_self(link)
+
+    with kept(tmp_path, heir(tmp_path), end) as keeper:
+        assert end_of(keeper) == 1
+    assert (tmp_path / "let-go").exists()
+    assert not (tmp_path / "said").exists()
+
+
+def has_open(pid: int, wanted: os.stat_result) -> bool:
+    place = f"/proc/{pid}/fd"
+    return any(os.path.samestat(os.stat(f"{place}/{name}"), wanted) for name in os.listdir(place))
+
+
 @pytest.mark.parametrize("other", [signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM])
 def test_signal_is_passed_on(tmp_path: Path, other: signal.Signals) -> None:
     """However early; what others mean to most programs is no reason to end a mount."""
