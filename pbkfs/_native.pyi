@@ -248,8 +248,9 @@ class Dispatcher:
     @property
     def init_request(self) -> bytes:
         """What the kernel said at INIT; empty before that."""
-    def caller(self, token: int, /) -> int:
-        """Process whose request has this token (Python sees it as process) and waits; or 0."""
+    def request(self, token: int, /) -> tuple[int, int]:
+        """Number and process of the request that has this token (Python sees that in the place of
+        the process) and waits; zeros for an unknown one."""
     def is_known(self, ino: int, /) -> bool:
         """Whether the kernel has this inode. May wait for a reader. Raises OSError."""
     def counters(self) -> dict[str, int]: ...

@@ -118,13 +118,16 @@ static PyObject *dispatcher_invalidate_entry(Dispatcher *self, PyObject *args)
     return none_or_raise(pbk_dispatcher_invalidate_entry(dispatcher, parent, name, (size_t)length));
 }
 
-static PyObject *dispatcher_caller(Dispatcher *self, PyObject *args)
+static PyObject *dispatcher_request(Dispatcher *self, PyObject *args)
 {
     unsigned token;
+    uint64_t unique = 0;
+    uint32_t pid = 0;
     struct pbk_dispatcher *dispatcher = get_dispatcher(self);
-    if (!dispatcher || !PyArg_ParseTuple(args, "I:caller", &token))
+    if (!dispatcher || !PyArg_ParseTuple(args, "I:request", &token))
         return NULL;
-    return PyLong_FromUnsignedLong(pbk_dispatcher_caller(dispatcher, token));
+    pbk_dispatcher_request(dispatcher, token, &unique, &pid);
+    return Py_BuildValue("KI", (unsigned long long)unique, (unsigned)pid);
 }
 
 static PyObject *dispatcher_is_known(Dispatcher *self, PyObject *args)
@@ -209,8 +212,8 @@ static PyMethodDef dispatcher_methods[] = {
      "invalidate(ino, offset, length): have the kernel drop cached pages and attributes; does not wait."},
     {"invalidate_entry", (PyCFunction)dispatcher_invalidate_entry, METH_VARARGS,
      "invalidate_entry(parent, name): have the kernel drop a cached name; does not wait."},
-    {"caller", (PyCFunction)dispatcher_caller, METH_VARARGS,
-     "caller(token): the process whose request has this token and is not answered yet, or 0."},
+    {"request", (PyCFunction)dispatcher_request, METH_VARARGS,
+     "request(token): number and process of a request that is not answered yet; zeros for an unknown one."},
     {"is_known", (PyCFunction)dispatcher_is_known, METH_VARARGS,
      "is_known(ino): whether the kernel has this inode. May wait for readers; not for the trio thread."},
     {"counters", (PyCFunction)dispatcher_counters, METH_NOARGS, "Requests by kind, and the state of the queues."},

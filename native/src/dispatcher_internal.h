@@ -194,11 +194,11 @@ int pbk_pending_add(struct pbk_pending *, const struct fuse_in_header *, struct 
 struct pbk_request *pbk_pending_take(struct pbk_pending *, uint64_t unique); /* the caller frees it; NULL: unknown */
 struct pbk_request *pbk_pending_close(struct pbk_pending *); /* everything, as a list; nothing can be added any more */
 
-/* What Python calls a request: see pbk_dispatcher_caller. */
+/* What Python calls a request: see pbk_dispatcher_request. No two that wait at the same time are so far apart that they share it. */
 static inline uint32_t pbk_token_of(uint64_t unique)
 {
     /* The lowest bit is no part of the number. Source: FUSE_INT_REQ_BIT. */
-    return ((uint32_t)(unique >> 1) & 0x7FFFFFFFu) | (unique & PBK_FUSE_UNIQUE_RESEND ? 0x80000000u : 0);
+    return (uint32_t)(unique >> 1);
 }
 
 /* dispatcher_reader.c */

@@ -102,17 +102,20 @@ struct pbk_request *pbk_pending_take(struct pbk_pending *pending, uint64_t uniqu
     return found;
 }
 
-uint32_t pbk_dispatcher_caller(struct pbk_dispatcher *d, uint32_t token)
+bool pbk_dispatcher_request(struct pbk_dispatcher *d, uint32_t token, uint64_t *unique, uint32_t *pid)
 {
     struct pbk_pending *pending = &d->pending;
-    uint32_t pid = 0;
+    bool is_found = false;
     pthread_mutex_lock(&pending->lock);
-    for (size_t i = 0; i < pending->n_buckets; i++)
-        for (const struct pbk_request *request = pending->buckets[i]; request; request = request->next)
-            if (pbk_token_of(request->unique) == token)
-                pid = request->pid;
+    for (size_t i = 0; i < pending->n_buckets && !is_found; i++)
+        for (const struct pbk_request *request = pending->buckets[i]; request && !is_found; request = request->next)
+            if (pbk_token_of(request->unique) == token) {
+                *unique = request->unique;
+                *pid = request->pid;
+                is_found = true;
+            }
     pthread_mutex_unlock(&pending->lock);
-    return pid;
+    return is_found;
 }
 
 struct pbk_request *pbk_pending_close(struct pbk_pending *pending)

@@ -81,19 +81,23 @@ class Operations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, tree: Tree, invalidate: Callable[[int], None], find_caller: Callable[[int], int]
+        self,
+        tree: Tree,
+        invalidate: Callable[[int], None],
+        find_request: Callable[[int], tuple[int, int]],
     ) -> None:
         """``invalidate`` has the kernel forget the attributes and the listing of an inode,
-        ``find_caller`` knows the process behind a request."""
+        ``find_request`` knows the number of a request and the process behind it."""
         super().__init__()
         self._tree = tree
         self._invalidate = invalidate
-        self._find_caller = find_caller
+        self._find_request = find_request
 
-    def _was_done(self, ctx: pyfuse3.RequestContext, parent: int, name: bytes) -> int | None:
-        """Begin a change of a name; returns what has it if a dead worker has carried it out."""
+    def _was_done(self, ctx: pyfuse3.RequestContext) -> int | None:
+        """Begin a change of names; returns what it has made if a dead worker has carried it out."""
         # The dispatcher has put the request's token there.
-        return self._tree.was_done(ctx.pid & 0xFFFFFFFF, parent, name)
+        number, _ = self._find_request(ctx.pid & 0xFFFFFFFF)
+        return self._tree.was_done(number)
 
     # --- names --------------------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class Operations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        made = self._was_done(ctx, parent_inode, name)
+        made = self._was_done(ctx)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
@@ -149,7 +153,7 @@ class Operations(pyfuse3.Operations):
         _flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        made = self._was_done(ctx, parent_inode, name)
+        made = self._was_done(ctx)
         if made is not None:
             self._tree.open(made)
             return pyfuse3.FileInfo(fh=made, keep_cache=True), entry_of(self._tree.getattr(made))
@@ -162,7 +166,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if not stat.S_ISREG(mode):
             raise OSError(errno.EPERM, "only regular files")
-        made = self._was_done(ctx, parent_inode, name)
+        made = self._was_done(ctx)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
@@ -174,7 +178,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if tablespaces.is_tablespace_link(self._tree, parent_inode, name, target):
             return await self._keep_tablespace(parent_inode, name, target, ctx)
-        made = self._was_done(ctx, parent_inode, name)
+        made = self._was_done(ctx)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         return entry_of(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
@@ -183,7 +187,7 @@ class Operations(pyfuse3.Operations):
         self, parent: int, oid: bytes, location: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         place = os.fsdecode(location)
-        pid = self._find_caller(ctx.pid & 0xFFFFFFFF)
+        _, pid = self._find_request(ctx.pid & 0xFFFFFFFF)
         try:
             found = await trio.to_thread.run_sync(
                 tablespaces.find_directories, location, pid, abandon_on_cancel=True
@@ -192,9 +196,9 @@ class Operations(pyfuse3.Operations):
             logger.warning("tablespace %s: %s: %s", os.fsdecode(oid), place, error.strerror)
             raise
         # What comes before the link is looked for first, so it may be done twice.
-        self._tree.was_done(0, parent, oid)
+        self._tree.was_done(0)
         changed = tablespaces.keep(self._tree, oid, found, ctx.uid, ctx.gid)
-        made = self._was_done(ctx, parent, oid)
+        made = self._was_done(ctx)
         if made is not None:
             attr = self._tree.getattr(made)
         else:
@@ -215,19 +219,19 @@ class Operations(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        made = self._was_done(ctx, new_parent_inode, new_name)
+        made = self._was_done(ctx)
         if made is not None:
             return entry_of(self._tree.getattr(made))
         return entry_of(self._tree.link(inode, new_parent_inode, new_name))
 
     @_answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if self._was_done(ctx, parent_inode, name) is None:
+        if self._was_done(ctx) is None:
             self._tree.unlink(parent_inode, name)
 
     @_answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if self._was_done(ctx, parent_inode, name) is None:
+        if self._was_done(ctx) is None:
             self._tree.rmdir(parent_inode, name)
 
     @_answered
@@ -240,7 +244,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        if self._was_done(ctx, parent_inode_new, name_new) is not None:
+        if self._was_done(ctx) is not None:
             return
         self._check_moved(parent_inode_old, name_old, parent_inode_new, name_new)
         self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)

@@ -170,7 +170,7 @@ class Session:
             # libfuse closes its descriptor at the end, so it gets one of its own.
             python_fd = os.dup(dispatcher.socket_fd)
             try:
-                operations = Operations(self._tree, self.invalidate, dispatcher.caller)
+                operations = Operations(self._tree, self.invalidate, dispatcher.request)
                 pyfuse3.init(operations, f"/dev/fd/{python_fd}", set())
             except BaseException:
                 os.close(python_fd)

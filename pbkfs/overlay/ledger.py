@@ -82,7 +82,7 @@ Change = Add | Drop
 class Intent:
     """What was about to be appended to the journal ``layer`` at or behind ``end``."""
 
-    token: int
+    request: int
     layer: uuid.UUID
     end: int
     payload: bytes
@@ -94,7 +94,7 @@ class Numbers:
     """All that a ledger says. ``names``: directory -> name -> (number, cookie).
 
     ``orphans``: number -> descriptions, oldest first; the newest one whose layers are there counts.
-    ``done``: token of a request -> the inode that it made, or 0. ``undecided``: see the module.
+    ``done``: number of a request -> the inode that it made, or 0. ``undecided``: see the module.
     """
 
     meta: dict[str, Any] = field(default_factory=dict)
@@ -120,8 +120,8 @@ class Numbers:
                 number, _ = names.pop(change.name, (0, 0))
                 if change.orphan is not None:
                     self.orphans[number] = [change.orphan]
-        if intent.token:
-            self.done[intent.token] = made
+        if intent.request:
+            self.done[intent.request] = made
 
 
 class Ledger:
@@ -129,8 +129,8 @@ class Ledger:
 
     def __init__(self, fd: int, end: int) -> None:
         self.fd = fd
-        self.token = 0
-        """What the kernel calls the request that is carried out; 0: none."""
+        self.request = 0
+        """The kernel's number of the request that is carried out; 0: none."""
         self._end = end
         self._begin = _HEADER_BYTES
         self._rewrite_at = _REWRITE_BYTES
@@ -201,16 +201,16 @@ class Ledger:
 
     def intend(self, layer: uuid.UUID, end: int, payload: bytes, changes: Sequence[Change]) -> None:
         """Note what is about to be appended, and what follows from it."""
-        token = self.token
-        frame = encode("intent", token, layer.hex, end, payload.hex(), _format_changes(changes))
+        request = self.request
+        frame = encode("intent", request, layer.hex, end, payload.hex(), _format_changes(changes))
         self._append(frame)
         made = next((change.number for change in changes if isinstance(change, Add)), 0)
-        if token:
-            self._requests.append((token, made))
+        if request:
+            self._requests.append((request, made))
 
     def cancel(self) -> None:
         """Note that the last intent came to nothing."""
-        if self.token and self._requests:
+        if self.request and self._requests:
             self._requests.pop()
         self._append(encode("cancel"))
 
@@ -365,9 +365,9 @@ def _read_frame(numbers: Numbers, kind: str, *fields: Any) -> None:
             highest = max((max(pair) for pair in names.values()), default=0)
             numbers.last = max(numbers.last, directory, highest)
         case "intent":
-            token, layer, end, payload, changes = fields
+            request, layer, end, payload, changes = fields
             numbers.undecided = Intent(
-                token,
+                request,
                 uuid.UUID(layer),
                 end,
                 bytes.fromhex(payload),

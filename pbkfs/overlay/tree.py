@@ -47,8 +47,8 @@ from pbkfs.overlay.sealing import BrokenSealError, Child, Seal, Sealed
 from pbkfs.overlay.stack import Stack
 from pbkfs.overlay.superblock import LayerRef
 
-# Of what the dispatcher calls a request (pbk_token_of).
-_TOKEN_NUMBER, _TOKEN_IS_RESENT = 0x7FFFFFFF, 0x80000000
+# Of the kernel's number of a request. Source: linux/fuse.h, FUSE_UNIQUE_RESEND.
+_IS_RESENT = 1 << 63
 
 __all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "Attr", "Tree"]
 
@@ -138,24 +138,15 @@ class Tree:
             if inode.parent is None:
                 yield orphan_frame(inode.ino, self._contents.describe(inode))
 
-    def was_done(self, token: int, parent: int, name: bytes) -> int | None:
-        """Begin to carry out the kernel's request ``token`` (see ``Dispatcher``), or 0 for our own,
-        which is to make ``name`` in ``parent``, or to remove it.
+    def was_done(self, number: int) -> int | None:
+        """Begin to carry out the kernel's request ``number`` to change names; 0 is one of our own.
 
         Returns None, or, if it is sent again and the worker that had it had done it already, the
-        inode that has the name by it (0 if none): then the answer is all that is missing.
+        inode that got a name by it (0 if none): then the answer is all that is missing.
         """
-        number = token & _TOKEN_NUMBER
         if self._namespace.ledger is not None:
-            self._namespace.ledger.token = number
-        done = self._done.get(number) if token & _TOKEN_IS_RESENT else None
-        directory = self._namespace.inodes.get(parent)
-        if done is None or not isinstance(directory, Directory):
-            return None
-        # Numbers come again after 2^31 requests. The kernel lets nobody else change a name before
-        # there is an answer, so what was done is still to be seen.
-        found = self._namespace.children(directory).get(name)
-        return done if done == (0 if found is None else found.ino) else None
+            self._namespace.ledger.request = number & ~_IS_RESENT
+        return self._done.get(number & ~_IS_RESENT) if number & _IS_RESENT else None
 
     def take_doubtful(self) -> set[int]:
         """Return the inodes without a name that the kernel has forgotten since the last call.

@@ -28,7 +28,7 @@ from pbkfs.overlay.tree import RENAME_EXCHANGE, Tree
 
 OWNER = (os.geteuid(), os.getegid())
 BOOT = b"one boot of many"
-RESENT = 0x80000000
+RESENT = 1 << 63
 _MAX_MESSAGE = 1 << 20
 
 
@@ -59,7 +59,7 @@ class _Worker:
             self._n_left = request["die"]
             durable.on_step = self._step
         try:
-            answer = getattr(self, "do_" + request["op"])(request["token"], *request["args"])
+            answer = getattr(self, "do_" + request["op"])(request["number"], *request["args"])
             self._step("answer")
             return answer
         except OSError as error:
@@ -74,14 +74,14 @@ class _Worker:
             if self._n_left == 0:
                 os._exit(77)
 
-    def _made(self, token: int, parent: int, name: bytes, make: Callable[[], Any]) -> int:
-        made = self.tree.was_done(token, parent, name)
+    def _made(self, number: int, make: Callable[[], Any]) -> int:
+        made = self.tree.was_done(number)
         return made if made is not None else int(make().ino)
 
-    def do_lookup(self, _token: int, parent: int, name: bytes) -> int:
+    def do_lookup(self, _number: int, parent: int, name: bytes) -> int:
         return self.tree.lookup(parent, name).ino
 
-    def do_readdir(self, _token: int, parent: int, start: int) -> list[tuple[bytes, int, int]]:
+    def do_readdir(self, _number: int, parent: int, start: int) -> list[tuple[bytes, int, int]]:
         found = [
             (name, attr.ino, cookie) for name, attr, cookie in self.tree.readdir(parent, start)
         ]
@@ -89,66 +89,62 @@ class _Worker:
             self.tree.remember(ino)
         return found
 
-    def do_create(self, token: int, parent: int, name: bytes) -> int:
-        return self._made(
-            token, parent, name, lambda: self.tree.create(parent, name, 0o600, *OWNER)
-        )
+    def do_create(self, number: int, parent: int, name: bytes) -> int:
+        return self._made(number, lambda: self.tree.create(parent, name, 0o600, *OWNER))
 
-    def do_mkdir(self, token: int, parent: int, name: bytes) -> int:
-        return self._made(token, parent, name, lambda: self.tree.mkdir(parent, name, 0o700, *OWNER))
+    def do_mkdir(self, number: int, parent: int, name: bytes) -> int:
+        return self._made(number, lambda: self.tree.mkdir(parent, name, 0o700, *OWNER))
 
-    def do_symlink(self, token: int, parent: int, name: bytes) -> int:
-        return self._made(
-            token, parent, name, lambda: self.tree.symlink(parent, name, b"to", *OWNER)
-        )
+    def do_symlink(self, number: int, parent: int, name: bytes) -> int:
+        return self._made(number, lambda: self.tree.symlink(parent, name, b"to", *OWNER))
 
-    def do_link(self, token: int, ino: int, parent: int, name: bytes) -> int:
-        return self._made(token, parent, name, lambda: self.tree.link(ino, parent, name))
+    def do_link(self, number: int, ino: int, parent: int, name: bytes) -> int:
+        return self._made(number, lambda: self.tree.link(ino, parent, name))
 
-    def do_unlink(self, token: int, parent: int, name: bytes) -> None:
-        if self.tree.was_done(token, parent, name) is None:
+    def do_unlink(self, number: int, parent: int, name: bytes) -> None:
+        if self.tree.was_done(number) is None:
             self.tree.unlink(parent, name)
 
-    def do_rmdir(self, token: int, parent: int, name: bytes) -> None:
-        if self.tree.was_done(token, parent, name) is None:
+    def do_rmdir(self, number: int, parent: int, name: bytes) -> None:
+        if self.tree.was_done(number) is None:
             self.tree.rmdir(parent, name)
 
-    def do_rename(self, token: int, *args: Any) -> None:
-        if self.tree.was_done(token, args[2], args[3]) is None:
+    def do_rename(self, number: int, *args: Any) -> None:
+        if self.tree.was_done(number) is None:
             self.tree.rename(*args)
 
-    def do_write(self, _token: int, ino: int, offset: int, data: bytes) -> None:
+    def do_write(self, _number: int, ino: int, offset: int, data: bytes) -> None:
         self.tree.copy_up(ino)
         self.tree.nodes.write(ino, offset, data)
 
-    def do_read(self, _token: int, ino: int) -> bytes:
+    def do_read(self, _number: int, ino: int) -> bytes:
         self.tree.open(ino)
         return self.tree.nodes.read(ino, 0, 1 << 16)
 
-    def do_truncate(self, _token: int, ino: int, size: int) -> None:
+    def do_truncate(self, _number: int, ino: int, size: int) -> None:
         self.tree.setattr(ino, size=size)
 
-    def do_stat(self, _token: int, ino: int) -> tuple[int, int, int]:
+    def do_stat(self, _number: int, ino: int) -> tuple[int, int, int]:
         attr = self.tree.getattr(ino)
         return attr.mode, attr.nlink, attr.size
 
-    def do_forget(self, _token: int, ino: int, n: int) -> None:
+    def do_forget(self, _number: int, ino: int, n: int) -> None:
         self.tree.forget(ino, n)
 
-    def do_seal(self, _token: int) -> None:
+    def do_seal(self, _number: int) -> None:
         self.tree.seal(self._place / f"live{os.getpid()}-{len(os.listdir(self._place))}")
 
-    def do_rewrite(self, _token: int) -> None:
+    def do_rewrite(self, _number: int) -> None:
         self.ledger.rewrite(self.tree._snapshot())
 
-    def do_reap(self, _token: int, known: set[int]) -> int:
+    def do_reap(self, _number: int, known: set[int]) -> int:
         self.tree.sync()
         for ino in self.tree.take_doubtful():
             if ino not in known:
                 self.tree.abandon(ino)
         return self.tree.reap()
 
-    def do_close(self, _token: int) -> int:
+    def do_close(self, _number: int) -> int:
         self.tree.close()
         return self.tree._contents.n_doomed
 
@@ -173,7 +169,7 @@ class _Kernel:
         self.contents: dict[int, bytearray] = {}
         self.kinds: dict[int, str] = {1: "dir"}
         self.n_deaths = 0
-        self.last_token = 0
+        self.last_number = 0
         self._pid = 0
         self._sock: socket.socket | None = None
         self.start()
@@ -206,15 +202,15 @@ class _Kernel:
         import pickle
 
         assert self._sock is not None
-        self.last_token += 1
-        request = {"op": op, "args": args, "token": self.last_token, "die": die}
+        self.last_number += 1
+        request = {"op": op, "args": args, "number": self.last_number, "die": die}
         self._sock.send(pickle.dumps(request))
         data = self._sock.recv(_MAX_MESSAGE)
         if not data:
             assert self.stop() == 77
             self.n_deaths += 1
             self.start()
-            request["token"] |= RESENT
+            request["number"] |= RESENT
             # And again, if it dies once more before it has answered.
             request["die"] = self.random.choice((0, 0, 1, 2, 3))
             while not data:
@@ -399,22 +395,20 @@ def test_nobody_sees_a_death(memory: Path, seed: int) -> None:
         os.close(kernel.ledger_fd)
 
 
-def test_number_that_comes_again_is_another_request(memory: Path) -> None:
-    """What the ledger says of an old request must not keep a new one from being carried out."""
+@pytest.mark.parametrize("distance", [1 << 31, 1 << 32, 1 << 62])
+def test_request_is_told_apart_from_all_others(memory: Path, distance: int) -> None:
+    """What the ledger says of an old one must not keep a new one from being carried out."""
     lower = memory / "lower"
     lower.mkdir()
     make_lower(lower)
     kernel = _Kernel(lower, memory / "diff", 1)
     try:
-        made = kernel.ask("create", 1, b"new")
-        again = kernel.last_token
-        kernel.ask("unlink", 1, b"new")
-        # The worker dies of the next request, which has the number of the first one.
-        kernel.last_token = again - 1
-        other = kernel.ask("create", 1, b"new", die=1)
+        old, new = (kernel.ask("create", 1, name) for name in (b"old", b"new"))
+        kernel.ask("rename", 1, b"old", 1, b"final", 0)
+        kernel.last_number += distance - 1
+        kernel.ask("rename", 1, b"new", 1, b"final", 0, die=1)
         assert kernel.n_deaths > 0
-        assert other != made
-        assert kernel.ask("lookup", 1, b"new") == other
+        assert kernel.ask("lookup", 1, b"final") == new != old
     finally:
         kernel.stop()
         os.close(kernel.ledger_fd)

@@ -278,8 +278,7 @@ def test_connection_that_is_over_is_let_go(tmp_path: Path) -> None:
 
 
 def has_open(pid: int, wanted: os.stat_result) -> bool:
-    place = f"/proc/{pid}/fd"
-    return any(os.path.samestat(os.stat(f"{place}/{name}"), wanted) for name in os.listdir(place))
+    return any(os.path.samestat(path.stat(), wanted) for path in Path(f"/proc/{pid}/fd").iterdir())
 
 
 @pytest.mark.parametrize("other", [signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM])

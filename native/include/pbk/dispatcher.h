@@ -67,10 +67,11 @@ size_t pbk_dispatcher_init_request(struct pbk_dispatcher *, void *to, size_t roo
 
 /*
  * Python knows a request by its token, which takes the place of the caller's process in the header: pyfuse3 passes on nothing
- * else that could hold it. Bit 31 says that the kernel sends the request again, because whoever had it died; the others are
- * the request's number then and now. The process of a request that waits for Python, or 0. Any thread.
+ * else that could hold it. This is what it stands for, of a request that waits for Python: the kernel's number for it, and the
+ * process. Bit 63 of the number says that the kernel sends the request again, because whoever had it died; the others are the same
+ * as then, and never come again. False for an unknown token. Any thread.
  */
-uint32_t pbk_dispatcher_caller(struct pbk_dispatcher *, uint32_t token);
+bool pbk_dispatcher_request(struct pbk_dispatcher *, uint32_t token, uint64_t *unique, uint32_t *pid);
 
 /* Whether the kernel knows an inode: 1, 0 or -errno. May wait for its pages to be written: not on the thread that serves names. */
 int pbk_dispatcher_is_known(struct pbk_dispatcher *, uint64_t ino);
