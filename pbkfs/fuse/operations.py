@@ -7,12 +7,13 @@ caller's umask applied, and the handle of every open file and directory is its i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -85,19 +86,35 @@ class Operations(pyfuse3.Operations):
         tree: Tree,
         invalidate: Callable[[int], None],
         find_request: Callable[[int], tuple[int, int]],
+        forget_name: Callable[[int, bytes], None],
     ) -> None:
         """``invalidate`` has the kernel forget the attributes and the listing of an inode,
-        ``find_request`` knows the number of a request and the process behind it."""
+        ``find_request`` knows the number of a request and the process behind it, ``forget_name``
+        has the kernel ask again for a name in a directory."""
         super().__init__()
         self._tree = tree
         self._invalidate = invalidate
         self._find_request = find_request
+        self._forget_name = forget_name
 
     def _was_done(self, ctx: pyfuse3.RequestContext) -> int | None:
         """Begin a change of names; returns what it has made if a dead worker has carried it out."""
         # The dispatcher has put the request's token there.
         number, _ = self._find_request(ctx.pid & 0xFFFFFFFF)
         return self._tree.was_done(number)
+
+    @contextlib.contextmanager
+    def _making(self, parent: int, name: bytes) -> Iterator[None]:
+        """Make a name. The kernel only asks for one that it holds to be missing.
+
+        Is it there, the kernel is wrong: a dead worker had made it, and its caller was killed after
+        the kernel had been told to send the request again, and before it had. So it is told.
+        """
+        try:
+            yield
+        except FileExistsError:
+            self._forget_name(parent, name)
+            raise
 
     # --- names --------------------------------------------------------------------------------
 
@@ -142,7 +159,8 @@ class Operations(pyfuse3.Operations):
         if made is not None:
             return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
-        return entry_of(self._tree.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid))
+        with self._making(parent_inode, name):
+            return entry_of(self._tree.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid))
 
     @_answered
     async def create(
@@ -157,7 +175,8 @@ class Operations(pyfuse3.Operations):
         if made is not None:
             self._tree.open(made)
             return pyfuse3.FileInfo(fh=made, keep_cache=True), entry_of(self._tree.getattr(made))
-        attr = self._tree.create(parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        with self._making(parent_inode, name):
+            attr = self._tree.create(parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
         return pyfuse3.FileInfo(fh=attr.ino, keep_cache=True), entry_of(attr)
 
     @_answered
@@ -170,7 +189,8 @@ class Operations(pyfuse3.Operations):
         if made is not None:
             return entry_of(self._tree.getattr(made))
         mode = stat.S_IMODE(mode)
-        return entry_of(self._tree.create(parent_inode, name, mode, ctx.uid, ctx.gid))
+        with self._making(parent_inode, name):
+            return entry_of(self._tree.create(parent_inode, name, mode, ctx.uid, ctx.gid))
 
     @_answered
     async def symlink(
@@ -181,7 +201,8 @@ class Operations(pyfuse3.Operations):
         made = self._was_done(ctx)
         if made is not None:
             return entry_of(self._tree.getattr(made))
-        return entry_of(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
+        with self._making(parent_inode, name):
+            return entry_of(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
 
     async def _keep_tablespace(
         self, parent: int, oid: bytes, location: bytes, ctx: pyfuse3.RequestContext
@@ -222,7 +243,8 @@ class Operations(pyfuse3.Operations):
         made = self._was_done(ctx)
         if made is not None:
             return entry_of(self._tree.getattr(made))
-        return entry_of(self._tree.link(inode, new_parent_inode, new_name))
+        with self._making(new_parent_inode, new_name):
+            return entry_of(self._tree.link(inode, new_parent_inode, new_name))
 
     @_answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

@@ -170,7 +170,9 @@ class Session:
             # libfuse closes its descriptor at the end, so it gets one of its own.
             python_fd = os.dup(dispatcher.socket_fd)
             try:
-                operations = Operations(self._tree, self.invalidate, dispatcher.request)
+                operations = Operations(
+                    self._tree, self.invalidate, dispatcher.request, dispatcher.invalidate_entry
+                )
                 pyfuse3.init(operations, f"/dev/fd/{python_fd}", set())
             except BaseException:
                 os.close(python_fd)
