@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
+from pbkfs import aside
 from pbkfs._native import Dispatcher
 from pbkfs.errors import HostError
 from pbkfs.fuse import mounting, writeback
@@ -44,6 +45,7 @@ class Session:
     """One mount of one tree on ``mountpoint``; ``fsname`` is what the list of mounts shows.
 
     ``full_wait_s``: how long written-back pages wait for space, -1 for ever, 0 not at all.
+    ``is_supervised``: another process is to take over when this one dies.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Session:
         fsname: str,
         subtype: str = "pbkfs",
         full_wait_s: int = -1,
+        is_supervised: bool = False,
     ) -> None:
         self._tree = tree
+        self._is_supervised = is_supervised
         self._mountpoint = mountpoint
         self._allow_other = allow_other
         self._fsname = fsname
@@ -255,9 +259,13 @@ class Session:
         NotRunningError, HostError.
         """
         if lazy:
-            mounting.detach(self._mountpoint)
+            mounting.detach(self._mountpoint, is_aside=self._is_supervised)
         else:
-            mounting.unmount(self._mountpoint)
+            mounting.unmount(self._mountpoint, is_aside=self._is_supervised)
+
+    def sync_mount(self) -> None:
+        """Have the kernel write back its dirty pages; in another thread. Raises OSError."""
+        aside.sync(self._mountpoint, is_aside=self._is_supervised)
 
     def invalidate(self, ino: int, offset: int = 0, length: int = 0) -> None:
         """Have the kernel drop what it cached of a file; dirty pages are written back before.

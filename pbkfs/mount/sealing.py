@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pbkfs import aside
 from pbkfs.errors import DiffError, HostError, NotRunningError
 from pbkfs.mount import control, lock, mounts
 from pbkfs.mount.base import open_base
@@ -162,11 +161,14 @@ class Sealer:
         diff: Path,
         mountpoint: Path,
         hydrator: Hydrator,
+        sync_mount: Callable[[], None],
         note_hold: Callable[[bool], None],
         note_layer: Callable[[Path], None],
     ) -> None:
-        """``note_hold`` is told before the server is held, and after it was let go; ``note_layer``
-        of the new layer's directory, before anything is written to it."""
+        """``sync_mount`` has the kernel write back. ``note_hold`` is told before the server is held,
+        and after it was let go; ``note_layer`` of the new layer's directory, before anything is
+        written to it."""
+        self._write_back = sync_mount
         self._note_hold = note_hold
         self._note_layer = note_layer
         self._tree = tree
@@ -249,7 +251,7 @@ class Sealer:
         import trio
 
         with trio.move_on_after(limit_s) as scope:
-            await trio.to_thread.run_sync(aside.sync, self._mountpoint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._write_back, abandon_on_cancel=True)
         if scope.cancelled_caught:
             raise HostError(
                 f"cannot seal diff {self._diff}: the kernel did not write back in {limit_s:g} s",

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pbkfs
-from pbkfs import aside
 from pbkfs.config import START_LIMIT_S
 from pbkfs.errors import BusyError, HostError, PbkfsError
 from pbkfs.mount import (
@@ -284,6 +283,7 @@ class Worker:
             allow_other=opened.allow_other,
             fsname=str(opened.diff_path),
             full_wait_s=opened.request.full_wait_s,
+            is_supervised=self.link is not None,
         )
         with trio.open_signal_receiver(*_ENDING, *_IGNORED) as signals:
             try:
@@ -568,7 +568,7 @@ class Worker:
                     raise await trio.to_thread.run_sync(_busy_error, path) from None
             logger.warning("forced: detaching %s while it is in use", path)
             with trio.move_on_after(START_LIMIT_S):
-                await trio.to_thread.run_sync(aside.sync, path, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(session.sync_mount, abandon_on_cancel=True)
             await trio.to_thread.run_sync(lambda: session.unmount(lazy=True))
             if self.is_armed and self.link is not None:
                 # Its copy of the connection would let users wait for what nobody serves any more.
@@ -603,7 +603,8 @@ class Worker:
     async def _on_sync(self, _request: dict[str, Any]) -> dict[str, Any]:
         import trio
 
-        await trio.to_thread.run_sync(aside.sync, self.opened.place.path)
+        assert self._session is not None
+        await trio.to_thread.run_sync(self._session.sync_mount)
         await trio.to_thread.run_sync(self.opened.tree.sync)
         return {}
 
@@ -645,6 +646,7 @@ class Worker:
                 opened.diff_path,
                 opened.place.path,
                 self.hydrator,
+                self._session.sync_mount,
                 self._note_hold,
                 self._note_layer,
             )

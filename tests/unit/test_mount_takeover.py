@@ -117,7 +117,7 @@ class _Steps:
 
 @pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
 def test_keeper_has_the_new_layer_before_it_is_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None
+    tmp_path: Path, error: OSError | None
 ) -> None:
     """Else a worker that dies after the switch would leave nobody who knows of write errors."""
     steps: Any = _Steps()
@@ -127,12 +127,9 @@ def test_keeper_has_the_new_layer_before_it_is_written_to(
         if error is not None:
             raise error
 
-    sealer = sealing.Sealer(steps, tmp_path, tmp_path, steps, lambda _is_held: None, note)
-
-    async def no_sync(_limit_s: float) -> None:
-        pass
-
-    monkeypatch.setattr(sealer, "_sync_mount", no_sync)
+    sealer = sealing.Sealer(
+        steps, tmp_path, tmp_path, steps, lambda: None, lambda _is_held: None, note
+    )
     request = {"live": str(tmp_path / "new"), "hold": False}
     if error is None:
         trio.run(sealer.seal, request)
