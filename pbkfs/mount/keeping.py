@@ -21,6 +21,7 @@ from pathlib import Path
 from pbkfs import config
 from pbkfs.aside import PROGRAM
 from pbkfs.errors import HostError
+from pbkfs.mount import privileges
 
 # What a worker ends with that can't take over: the keeper's word, see there.
 EXIT_REFUSED = 64
@@ -138,6 +139,8 @@ def become_keeper() -> Link:
         if null > 2:
             os.close(null)
         os.set_inheritable(ours.fileno(), True)
+        # For good, and so for all that it starts: what a worker may have it start, above all.
+        privileges.drop()
         os.execv(PROGRAM, [PROGRAM, "keep", str(ours.fileno()), str(child)])
     finally:
         # It can't be a keeper; so it only sees the worker die, which ends the mount.

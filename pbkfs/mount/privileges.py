@@ -1,7 +1,7 @@
-"""What the worker of root gives up once it has mounted.
+"""What the worker of root gives up once it has mounted, and its keeper at once.
 
-Called by the worker, on its only thread: capabilities belong to a thread, and those that are
-started later inherit them. A worker of an ordinary user has none to give up.
+Called on a process's only thread: capabilities belong to a thread, and those that are started
+later inherit them. A worker of an ordinary user has none to give up.
 """
 
 from __future__ import annotations
