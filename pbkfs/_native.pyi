@@ -248,6 +248,9 @@ class Dispatcher:
     @property
     def init_request(self) -> bytes:
         """What the kernel said at INIT; empty before that."""
+    @staticmethod
+    def init_answer(request: bytes, /) -> bytes:
+        """What this program says to what the kernel said at INIT."""
     def request(self, token: int, /) -> tuple[int, int]:
         """Number and process of the request that has this token (Python sees that in the place of
         the process) and waits; zeros for an unknown one."""

@@ -155,6 +155,17 @@ static PyObject *dispatcher_init_request(Dispatcher *self, void *Py_UNUSED(closu
     return PyBytes_FromStringAndSize(said, (Py_ssize_t)(length < sizeof said ? length : sizeof said));
 }
 
+static PyObject *dispatcher_init_answer(PyObject *Py_UNUSED(type), PyObject *args)
+{
+    char answer[256];
+    const char *request;
+    Py_ssize_t length;
+    if (!PyArg_ParseTuple(args, "y#:init_answer", &request, &length))
+        return NULL;
+    size_t n = pbk_dispatcher_init_answer(request, (size_t)length, answer, sizeof answer);
+    return PyBytes_FromStringAndSize(answer, (Py_ssize_t)(n < sizeof answer ? n : sizeof answer));
+}
+
 struct visit {
     PyObject *dict;
     bool failed;
@@ -216,6 +227,8 @@ static PyMethodDef dispatcher_methods[] = {
      "request(token): number and process of a request that is not answered yet; zeros for an unknown one."},
     {"is_known", (PyCFunction)dispatcher_is_known, METH_VARARGS,
      "is_known(ino): whether the kernel has this inode. May wait for readers; not for the trio thread."},
+    {"init_answer", dispatcher_init_answer, METH_VARARGS | METH_STATIC,
+     "init_answer(request): what this program says to what the kernel said at INIT."},
     {"counters", (PyCFunction)dispatcher_counters, METH_NOARGS, "Requests by kind, and the state of the queues."},
     {"reset_counters", (PyCFunction)dispatcher_reset_counters, METH_NOARGS, "Set the counters of events to zero."},
     {NULL, NULL, 0, NULL},

@@ -132,6 +132,17 @@ size_t pbk_dispatcher_init_request(struct pbk_dispatcher *d, void *to, size_t ro
     return length;
 }
 
+size_t pbk_dispatcher_init_answer(const void *request, size_t length, void *to, size_t room)
+{
+    struct fuse_init_in in;
+    struct fuse_init_out out;
+    memset(&in, 0, sizeof in);
+    memcpy(&in, request, length < sizeof in ? length : sizeof in);
+    pbk_fuse_init_reply(&in, length, &out);
+    memcpy(to, &out, sizeof out < room ? sizeof out : room);
+    return sizeof out;
+}
+
 int pbk_dispatcher_is_known(struct pbk_dispatcher *d, uint64_t ino)
 {
     struct {

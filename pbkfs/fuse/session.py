@@ -91,6 +91,11 @@ class Session:
         """What the kernel said at the begin; for ``take_over`` of another process."""
         return b"" if self._dispatcher is None else self._dispatcher.init_request
 
+    @property
+    def init_answer(self) -> bytes:
+        """What the kernel was told then."""
+        return Dispatcher.init_answer(self.init_request)
+
     def can_resend(self) -> bool:
         """Tell whether the kernel would send again what a dead process has not answered."""
         said = self.init_request

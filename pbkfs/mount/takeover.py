@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pbkfs import durable
+from pbkfs._native import Dispatcher
 from pbkfs.errors import DiffError, PbkfsError
 from pbkfs.mount.base import open_base
 from pbkfs.mount.binding import BaseAddress, read_binding
@@ -165,9 +166,12 @@ def open_taken(numbers: Numbers, fds: Mapping[str, int]) -> tuple[OpenMount, Led
 def read_numbers(fds: Mapping[str, int]) -> Numbers:
     """Return what the ledger says. Raises RefusedError."""
     try:
-        return read_ledger(fds["ledger"])
+        numbers = read_ledger(fds["ledger"])
     except (PbkfsError, ValueError, KeyError, TypeError) as error:
         raise RefusedError(f"the ledger of the mount can't be used: {error}") from error
+    if Dispatcher.init_answer(numbers.init) != numbers.init_answer:
+        raise RefusedError("the kernel was told something else than this version tells it")
+    return numbers
 
 
 def check_file_systems(ledger: Ledger, objects_fds: Sequence[int]) -> None:

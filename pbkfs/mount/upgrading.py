@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pbkfs._native import Dispatcher
 from pbkfs.errors import HostError
 from pbkfs.mount import control, keeping
 from pbkfs.mount.target import find_target
@@ -39,7 +40,13 @@ def upgrade(mountpoint: Path | None, diff: Path | None) -> Upgraded:
     """
     target = find_target(mountpoint, diff)
     before = control.call(target.diff, "ping")
-    control.call(target.diff, "upgrade", command=keeping.command(), ledger_version=ledger.VERSION)
+    control.call(
+        target.diff,
+        "upgrade",
+        command=keeping.command(),
+        ledger_version=ledger.VERSION,
+        init_answer=Dispatcher.init_answer(bytes.fromhex(before["init"])).hex(),
+    )
     deadline = time.monotonic() + _LIMIT_S
     while time.monotonic() < deadline:
         # Between the two workers nobody answers, and the keeper holds the socket.

@@ -367,7 +367,7 @@ class Worker:
             logger.info("this kernel can't send again: the death of this worker ends the mount")
             return
         self.ledger.note(**takeover.describe(opened, session.mountpoint))
-        self.ledger.note_init(session.init_request)
+        self.ledger.note_init(session.init_request, session.init_answer)
         if not self.ledger.is_usable:
             return
         if not keeping.tells_errors(self._objects_fd):
@@ -582,6 +582,7 @@ class Worker:
             "version": pbkfs.__version__,
             "owner": self.owner_pid,
             "n_takeovers": 0 if self.taken is None else self.taken.n_takeovers,
+            "init": "" if self.ledger is None else self.ledger.init.hex(),
             "waiting_for_space": self.session_counters().get("waiting_for_space", 0),
         }
 
@@ -670,7 +671,9 @@ class Worker:
                 f"the mount on {path} can't survive its worker",
                 hint="That needs Linux 6.9 or later; unmount it, and mount it again.",
             )
-        if int(request["ledger_version"]) != ledgers.VERSION or not self.ledger.is_usable:
+        fits = int(request["ledger_version"]) == ledgers.VERSION
+        fits = fits and request["init_answer"] == self.ledger.init_answer.hex()
+        if not fits or not self.ledger.is_usable:
             raise HostError(
                 f"the mount on {path} can't be taken over by that version",
                 hint="Unmount it, and mount it again.",

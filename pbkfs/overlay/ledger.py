@@ -99,6 +99,7 @@ class Numbers:
 
     meta: dict[str, Any] = field(default_factory=dict)
     init: bytes = b""
+    init_answer: bytes = b""
     names: dict[int, dict[bytes, tuple[int, int]]] = field(default_factory=dict)
     orphans: dict[int, list[Orphan]] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class Ledger:
         self._rewrite_at = _REWRITE_BYTES
         self._snapshot: Callable[[], Iterable[bytes]] | None = None
         self._meta: dict[str, Any] = {}
-        self._init = b""
+        self._init = self._init_answer = b""
         self._requests: deque[tuple[int, int]] = deque(maxlen=_MAX_REQUESTS)
         self._is_usable = True
 
@@ -154,7 +155,7 @@ class Ledger:
         ledger = cls(fd, os.fstat(fd).st_size)
         _, _, _, ledger._begin = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
         ledger._meta = numbers.meta
-        ledger._init = numbers.init
+        ledger._init, ledger._init_answer = numbers.init, numbers.init_answer
         ledger._requests.extend(numbers.done.items())
         return ledger
 
@@ -178,6 +179,11 @@ class Ledger:
         """What the kernel said at INIT."""
         return self._init
 
+    @property
+    def init_answer(self) -> bytes:
+        """What it was told then, and relies on since."""
+        return self._init_answer
+
     def on_rewrite(self, snapshot: Callable[[], Iterable[bytes]]) -> None:
         """``snapshot`` yields the frames that say what the tree has now (``listed_frame`` …)."""
         self._snapshot = snapshot
@@ -189,10 +195,10 @@ class Ledger:
         self._meta.update(fields)
         self._append(encode("meta", fields))
 
-    def note_init(self, said: bytes) -> None:
-        """Note what the kernel said at INIT."""
-        self._init = said
-        self._append(encode("init", said.hex()))
+    def note_init(self, said: bytes, answer: bytes) -> None:
+        """Note what the kernel said at INIT, and what it was told."""
+        self._init, self._init_answer = said, answer
+        self._append(encode("init", said.hex(), answer.hex()))
 
     def listed(self, directory: int, names: Iterable[tuple[bytes, int, int]]) -> None:
         """Note (name, number, cookie) of what a directory holds, before anybody is told."""
@@ -266,7 +272,7 @@ class Ledger:
         """Write what counts behind the end, then begin there."""
         begin = self._end
         self._append(encode("meta", self._meta))
-        self._append(encode("init", self._init.hex()))
+        self._append(encode("init", self._init.hex(), self._init_answer.hex()))
         for frame in snapshot:
             self._append(frame)
         self._append(encode("requests", list(self._requests)))
@@ -352,7 +358,7 @@ def _read_frame(numbers: Numbers, kind: str, *fields: Any) -> None:
         case "meta":
             numbers.meta.update(fields[0])
         case "init":
-            numbers.init = bytes.fromhex(fields[0])
+            numbers.init, numbers.init_answer = map(bytes.fromhex, fields)
         case "part" | "list":
             directory, index, rows = fields
             names = {os.fsencode(name): (number, cookie) for name, number, cookie in rows}

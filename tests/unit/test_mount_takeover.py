@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 
+from pbkfs._native import Dispatcher
 from pbkfs.errors import PbkfsError
 from pbkfs.mount import sealing, takeover
 from pbkfs.overlay.ledger import Ledger, read_ledger
@@ -138,3 +139,17 @@ def test_keeper_has_the_new_layer_before_it_is_written_to(
         with pytest.raises(PbkfsError, match="no space left"):
             trio.run(sealer.seal, request)
         assert steps.done == ["prepare", "note new", "cancel"]
+
+
+@pytest.mark.parametrize("change", [b"", b"other"])
+def test_answer_to_the_kernel_is_what_it_was(change: bytes) -> None:
+    """Of another version of the program it may be another, which the kernel would never hear of."""
+    said = bytes.fromhex("070000002d0000000000020000000000") + bytes(48)
+    ledger = Ledger.make()
+    ledger.note_init(said, Dispatcher.init_answer(said) + change)
+    fds = {"ledger": ledger.fd}
+    if not change:
+        assert takeover.read_numbers(fds).init == said
+    else:
+        with pytest.raises(takeover.RefusedError, match="something else"):
+            takeover.read_numbers(fds)

@@ -64,6 +64,8 @@ int pbk_dispatcher_invalidate_entry(struct pbk_dispatcher *, uint64_t parent, co
 
 /* What the kernel said at INIT: copies up to room bytes and returns how many there are; 0 before it has said it. Any thread. */
 size_t pbk_dispatcher_init_request(struct pbk_dispatcher *, void *to, size_t room);
+/* What this program says to that: as the one before. Any thread. */
+size_t pbk_dispatcher_init_answer(const void *request, size_t length, void *to, size_t room);
 
 /*
  * Python knows a request by its token, which takes the place of the caller's process in the header: pyfuse3 passes on nothing
