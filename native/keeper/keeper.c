@@ -321,6 +321,8 @@ static void receive(struct child *child)
             n_fds = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
             memcpy(fds, CMSG_DATA(c), n_fds * sizeof(int));
         }
+    if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
+        is_incomplete = true; /* for want of descriptors, for example */
     struct words words = {.text = args, .length = 0};
     const char *end = message + length, *value;
     for (const char *word = message + strlen(message) + 1; word < end; word += strlen(word) + 1) {

@@ -97,11 +97,13 @@ class Link:
 
     def receive(self) -> tuple[dict[str, str], dict[str, int]]:
         """Wait for the keeper's word; returns it with its descriptors by name. Raises HostError."""
-        data, fds, _, _ = socket.recv_fds(self._sock, _MAX_MESSAGE, _MAX_FDS)
+        data, fds, flags, _ = socket.recv_fds(self._sock, _MAX_MESSAGE, _MAX_FDS)
         for fd in fds:
             os.set_inheritable(fd, False)
         if not data:
             raise HostError("the keeper of the mount is gone")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise HostError("what the keeper of the mount has kept did not all arrive")
         _, *words = os.fsdecode(data).split("\0")[:-1]
         pairs = [word.partition("=")[::2] for word in words]
         names = [value for name, value in pairs if name == "fd"]

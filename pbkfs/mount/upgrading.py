@@ -45,7 +45,7 @@ def upgrade(mountpoint: Path | None, diff: Path | None) -> Upgraded:
         "upgrade",
         command=keeping.command(),
         ledger_version=ledger.VERSION,
-        init_answer=Dispatcher.init_answer(bytes.fromhex(before["init"])).hex(),
+        init_answer=Dispatcher.init_answer(bytes.fromhex(before.get("init", ""))).hex(),
     )
     deadline = time.monotonic() + _LIMIT_S
     while time.monotonic() < deadline:

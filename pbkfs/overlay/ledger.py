@@ -48,6 +48,8 @@ _REWRITE_BYTES = 4 << 20
 # A frame stays far below what ``find_frames`` believes.
 _NAMES_PER_FRAME = 10_000
 
+_READ_BYTES = 1 << 30
+
 # Source: linux/falloc.h.
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 
@@ -335,7 +337,7 @@ def read_ledger(fd: int) -> Numbers:
         raise DiffError(f"the ledger of the mount is of version {version}, not {VERSION}")
     if not is_usable:
         raise DiffError("it had failed, or a worker died while it asked for write errors")
-    data = os.pread(fd, os.fstat(fd).st_size - begin, begin)
+    data = _read_from(fd, begin)
     numbers = Numbers()
     n_bytes = 0
     for payload in find_frames(data):
@@ -348,6 +350,15 @@ def read_ledger(fd: int) -> Numbers:
             raise DiffError(f"the ledger of the mount is damaged at byte {begin + n_bytes}")
         os.ftruncate(fd, begin + n_bytes)
     return numbers
+
+
+def _read_from(fd: int, begin: int) -> bytes:
+    """Return what is behind ``begin``. One read takes 2 GiB at most, source: read(2)."""
+    parts = []
+    while part := os.pread(fd, _READ_BYTES, begin):
+        parts.append(part)
+        begin += len(part)
+    return b"".join(parts)
 
 
 def _read_frame(numbers: Numbers, kind: str, *fields: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -258,6 +259,23 @@ def test_keeper_goes_back_to_the_program_before(tmp_path: Path) -> None:
         assert hear(tmp_path)["by"] == "first"
         (tmp_path / "said.end").write_text("0")
         assert end_of(keeper) == 0
+
+
+def test_what_can_not_be_kept_can_not_be_taken_over(tmp_path: Path) -> None:
+    """Half of it might be a mount that does not know of its write errors."""
+
+    def send_more(link: keeping.Link) -> None:
+        wait_for(lambda: is_keeper(link.pid), "the keeper")
+        free = max(int(path.name) for path in Path(f"/proc/{link.pid}/fd").iterdir()) + 1
+        resource.prlimit(link.pid, resource.RLIMIT_NOFILE, (free, free))
+        fd = os.open(tmp_path, os.O_RDONLY)
+        for number in range(2):
+            link.send("added", {f"objects-{number}": fd})
+        kill_self(link)
+
+    with kept(tmp_path, heir(tmp_path), send_more) as keeper:
+        assert end_of(keeper) == keeping.EXIT_REFUSED
+    assert "nobody can take over" in (tmp_path / "log").read_text()
 
 
 def test_connection_that_is_over_is_let_go(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import trio
 from pbkfs._native import Dispatcher
 from pbkfs.errors import PbkfsError
 from pbkfs.mount import sealing, takeover
+from pbkfs.overlay import ledger as ledgers
 from pbkfs.overlay.ledger import Ledger, read_ledger
 from pbkfs.overlay.sealing import BrokenSealError
 
@@ -153,3 +154,13 @@ def test_answer_to_the_kernel_is_what_it_was(change: bytes) -> None:
     else:
         with pytest.raises(takeover.RefusedError, match="something else"):
             takeover.read_numbers(fds)
+
+
+def test_ledger_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large; what was not read would be taken for torn, and cut off."""
+    monkeypatch.setattr(ledgers, "_READ_BYTES", 100)
+    ledger = Ledger.make()
+    ledger.listed(1, [(b"name%d" % number, 2 * number, 2 * number + 1) for number in range(1, 99)])
+    size = os.fstat(ledger.fd).st_size
+    assert len(read_ledger(ledger.fd).names[1]) == 98
+    assert os.fstat(ledger.fd).st_size == size
