@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from machine import ROOT
 
 from pbkfs.mount import keeping
@@ -266,10 +265,12 @@ def test_what_can_not_be_kept_can_not_be_taken_over(tmp_path: Path) -> None:
 
     def send_more(link: keeping.Link) -> None:
         wait_for(lambda: is_keeper(link.pid), "the keeper")
+        fuse = os.stat(tmp_path / "fuse")
+        wait_for(lambda: has_open(link.pid, fuse), "the keeper is armed")
         free = max(int(path.name) for path in Path(f"/proc/{link.pid}/fd").iterdir()) + 1
         resource.prlimit(link.pid, resource.RLIMIT_NOFILE, (free, free))
         fd = os.open(tmp_path, os.O_RDONLY)
-        for number in range(2):
+        for number in range(20):
             link.send("added", {f"objects-{number}": fd})
         kill_self(link)
 
