@@ -230,9 +230,10 @@ class Dispatcher:
         n_fsync: int = 4,
         log_fd: int = -1,
         hold_s: int = 0,
+        supervised: bool = False,
         init: bytes = b"",
     ) -> Dispatcher:
-        """``init``: what the kernel said at INIT to a process that has died; its connection is
+        """``supervised``: another process is to take over when this one dies. ``init``: what the kernel said at INIT to a process that has died; its connection is
         taken over, and what it had not answered is sent again."""
     @property
     def socket_fd(self) -> int:

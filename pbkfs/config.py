@@ -21,10 +21,6 @@ START_LIMIT_S = 10.0
 STOP_LIMIT_S = 30.0
 
 
-# "off": the death of a worker ends its mount, as it does on kernels before 6.9.
-TAKEOVER_VARIABLE = "PBKFS_TAKEOVER"
-
-
 def state_log_path() -> Path:
     """Return the file that takes tracebacks of commands which have no diff to log into."""
     state_home = os.environ.get("XDG_STATE_HOME")

@@ -37,8 +37,6 @@ from machine import (
     session_directory,
 )
 
-from pbkfs.config import TAKEOVER_VARIABLE
-
 _LOCK = pytest.StashKey[BinaryIO | None]()
 
 pytest_plugins = sorted(path.stem for path in TESTS.glob("fix_*.py"))
@@ -206,8 +204,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return  # a worker of xdist: the process that steers the session looks after it
     token = os.environ.setdefault(SESSION, uuid.uuid4().hex[:8])
-    # Most tests that kill a worker are about what is left then. Those of takeovers say otherwise.
-    os.environ.setdefault(TAKEOVER_VARIABLE, "off")
     place = session_directory()
     place.mkdir(mode=0o755, exist_ok=True)
     place.chmod(0o755)  # whatever the umask: servers run as another user than root

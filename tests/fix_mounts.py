@@ -19,6 +19,22 @@ from pathlib import Path
 import pytest
 from machine import session_directory
 
+from pbkfs.errors import HostError
+from pbkfs.mount import keeping
+
+
+def _takeover_obstacle() -> str | None:
+    try:
+        keeping.check_host()
+    except HostError as error:
+        return error.message
+    return None
+
+
+needs_takeovers = pytest.mark.skipif(
+    _takeover_obstacle() is not None, reason=_takeover_obstacle() or ""
+)
+
 
 def run_pbkfs(
     *args: str | os.PathLike[str], check: bool = True, timeout: float = 120, **env: str

@@ -15,16 +15,18 @@ typedef struct {
 
 static int dispatcher_init(Dispatcher *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"nodes", "fuse_fd", "n_readers", "n_fsync", "log_fd", "hold_s", "init", NULL};
+    static char *names[] = {"nodes", "fuse_fd", "n_readers", "n_fsync", "log_fd", "hold_s", "supervised", "init", NULL};
     PyObject *nodes_object;
     int fuse_fd;
+    int is_supervised = 0;
     const char *init = NULL;
     Py_ssize_t init_length = 0;
     struct pbk_dispatcher_options options = {.n_readers = 0, .n_fsync = 4, .log_fd = -1, .hold_s = 0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|$IIiiy#:Dispatcher", names, &nodes_object, &fuse_fd,
-                                     &options.n_readers, &options.n_fsync, &options.log_fd, &options.hold_s, &init,
-                                     &init_length))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|$IIiipy#:Dispatcher", names, &nodes_object, &fuse_fd,
+                                     &options.n_readers, &options.n_fsync, &options.log_fd, &options.hold_s,
+                                     &is_supervised, &init, &init_length))
         return -1;
+    options.is_supervised = is_supervised != 0;
     options.init = init;
     options.init_length = (size_t)init_length;
     if (self->dispatcher) {
@@ -243,7 +245,7 @@ static PyGetSetDef dispatcher_attributes[] = {
 };
 
 static PyType_Slot dispatcher_slots[] = {
-    {Py_tp_doc, "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1, hold_s=0, init=b\"\")"},
+    {Py_tp_doc, "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1, hold_s=0, supervised=False, init=b\"\")"},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, dispatcher_init},
     {Py_tp_dealloc, dispatcher_dealloc},

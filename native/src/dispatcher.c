@@ -223,6 +223,7 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
     if (d->n_fsync > PBK_MAX_POOL - 1)
         d->n_fsync = PBK_MAX_POOL - 1;
     d->hold_s = options->hold_s;
+    d->is_supervised = options->is_supervised;
     d->is_taken_over = options->init_length > 0;
     d->opening.is_open = !d->is_taken_over;
     d->opening.init_length =
@@ -264,7 +265,7 @@ static void keep_present(struct pbk_worker *worker, size_t length)
 
 void pbk_expect_writes(struct pbk_dispatcher *d)
 {
-    if (atomic_load_explicit(&d->expects_writes, memory_order_relaxed))
+    if (!d->is_supervised || atomic_load_explicit(&d->expects_writes, memory_order_relaxed))
         return;
     pthread_mutex_lock(&d->opening.lock);
     if (!atomic_load(&d->expects_writes)) {
@@ -275,14 +276,15 @@ void pbk_expect_writes(struct pbk_dispatcher *d)
     pthread_mutex_unlock(&d->opening.lock);
 }
 
-static int map_buffer(struct pbk_worker *worker)
+static int map_buffer(struct pbk_dispatcher *d, struct pbk_worker *worker)
 {
     void *buffer = mmap(NULL, PBK_FUSE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (buffer == MAP_FAILED)
         return -errno;
     worker->buffer = buffer;
     madvise(buffer, PBK_FUSE_BUFFER, MADV_DONTFORK);
-    keep_present(worker, SMALL_REQUEST);
+    if (d->is_supervised)
+        keep_present(worker, SMALL_REQUEST);
     return 0;
 }
 
@@ -292,7 +294,7 @@ static int worker_init(struct pbk_dispatcher *d, struct pbk_worker *worker, bool
     worker->ctx = pbk_ctx_new(PBK_FUSE_MAX_IO);
     if (!worker->ctx)
         return -ENOMEM;
-    return is_reader ? map_buffer(worker) : 0;
+    return is_reader ? map_buffer(d, worker) : 0;
 }
 
 static void worker_destroy(struct pbk_worker *worker)

@@ -145,6 +145,7 @@ struct pbk_dispatcher {
     int wake_fd;  /* the pump: look at the outbox */
     unsigned n_readers, n_fsync;
     int hold_s;
+    bool is_supervised;
     bool is_taken_over; /* from a process that had it before */
     _Atomic bool expects_writes;
 

@@ -157,6 +157,14 @@ def parse_on_full(text: str) -> int:
     help="Check each page of the backup when it is first read: its checksum, or its header where "
     "the cluster has no checksums. A bad one is an I/O error.",
 )
+@click.option(
+    "--supervised",
+    "is_supervised",
+    is_flag=True,
+    envvar="PBKFS_SUPERVISED",
+    help="Have another worker take over when one dies, or by 'pbkfs upgrade': who uses the mount "
+    "only waits. Needs Linux 6.9.",
+)
 @click.option("--perf-unsafe", is_flag=True, hidden=True)
 @click.option("--no-wal", is_flag=True, hidden=True)
 @debug_option
@@ -183,6 +191,7 @@ def command(
     hydrate_rate: int | None,
     full_wait_s: int,
     verifies_pages: bool,
+    is_supervised: bool,
     perf_unsafe: bool,
     no_wal: bool,
     debug: bool,
@@ -208,6 +217,10 @@ def command(
     if log_file is not None and log_sink == "journald":
         raise UsageError(
             "--log-file and --log-sink journald exclude each other", hint="Leave one of them out."
+        )
+    if console and is_supervised:
+        raise UsageError(
+            "--console and --supervised exclude each other", hint="Leave one of them out."
         )
     from pbkfs.mount import launch
     from pbkfs.mount.opening import open_mount
@@ -236,6 +249,7 @@ def command(
         hydrate=hydrate_rate,
         full_wait_s=full_wait_s,
         verifies_pages=verifies_pages,
+        is_supervised=is_supervised,
     )
     opened = open_mount(request)
     for message, hint in opened.warnings:

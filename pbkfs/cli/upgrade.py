@@ -21,7 +21,8 @@ def command(
 ) -> None:
     """Have this program serve a mount in place of the one that does.
 
-    A server on the mount goes on; its file operations wait for a moment. Needs Linux 6.9.
+    A server on the mount goes on; its file operations wait for a moment. For mounts that were made
+    with --supervised.
     """
     from pbkfs.mount.upgrading import upgrade
 

@@ -155,6 +155,7 @@ class Session:
             self._fuse_fd,
             log_fd=self._native_log_fd,
             hold_s=self._full_wait_s,
+            supervised=self._is_supervised,
             init=self._init,
         )
 

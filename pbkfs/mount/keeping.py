@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbkfs import config
 from pbkfs.aside import PROGRAM
 from pbkfs.errors import HostError
 from pbkfs.mount import privileges
+from pbkfs.overlay.layer import Layer
 
 # What a worker ends with that can't take over: the keeper's word, see there.
 EXIT_REFUSED = 64
@@ -44,12 +44,33 @@ _IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signa
 _SCRIPT = "import sys; sys.path[:] = {path!r}; from pbkfs.mount.takeover import main; main()"
 
 
-def is_possible() -> bool:
-    """Return whether a mount can outlive its worker here."""
-    if os.environ.get(config.TAKEOVER_VARIABLE) == "off":
-        return False
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return found is not None and (int(found[1]), int(found[2])) >= _FIRST_KERNEL
+def check_host() -> None:
+    """Raise HostError where no mount can outlive its worker."""
+    release = os.uname().release
+    found = re.match(r"(\d+)\.(\d+)", release)
+    if found is None or (int(found[1]), int(found[2])) < _FIRST_KERNEL:
+        raise HostError(
+            f"a mount can't be supervised on Linux {release}",
+            hint="That needs Linux 6.9 or later; leave --supervised out.",
+        )
+    if not os.access(PROGRAM, os.X_OK):
+        raise HostError(
+            f"a mount can't be supervised without {PROGRAM}",
+            hint="Install pbkfs again, or leave --supervised out.",
+        )
+
+
+def check_layer(layer: Layer) -> None:
+    """Raise HostError where a diff that writes to ``layer`` can't be served by one after another.
+
+    Raises OSError.
+    """
+    if not tells_errors(layer.objects.fd):
+        raise HostError(
+            f"a mount can't be supervised with its diff on the file system of {layer.path}, which "
+            "does not tell of write errors",
+            hint="Put the diff on ext4, XFS, Btrfs, F2FS or tmpfs, or leave --supervised out.",
+        )
 
 
 def tells_errors(fd: int) -> bool:

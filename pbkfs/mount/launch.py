@@ -2,7 +2,7 @@
 
 Called by the command line, in a process without threads. The worker is a descendant in a session
 of its own, so that neither a terminal's Ctrl-C nor the end of the command reaches it; its parent is
-the keeper, where the kernel allows to survive a worker (``keeping``).
+the keeper of a supervised mount (``keeping``).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _become_worker(opened: OpenMount, write_end: int, foreign: set[int]) -> None
         for fd in foreign:
             with contextlib.suppress(OSError):
                 os.close(fd)
-        link = keeping.become_keeper() if keeping.is_possible() else None
+        link = keeping.become_keeper() if opened.request.is_supervised else None
         code = worker.run(opened, ReportWriter(write_end), is_console=False, link=link)
     finally:
         os._exit(code)

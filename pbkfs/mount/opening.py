@@ -18,7 +18,7 @@ from pathlib import Path
 from pbkfs.backup.base import Base
 from pbkfs.errors import HostError, PbkfsError
 from pbkfs.fuse.mounting import check_host
-from pbkfs.mount import holders, lock, wipe
+from pbkfs.mount import holders, keeping, lock, wipe
 from pbkfs.mount.base import choose_address, open_base
 from pbkfs.mount.binding import BaseAddress, Binding, read_binding
 from pbkfs.mount.detaching import check_not_detached
@@ -110,6 +110,8 @@ def open_mount(request: MountRequest) -> OpenMount:
     check_places(place.path, diff_path, address)
     check_own_files(request, place.path, address)
     check_host()
+    if request.is_supervised:
+        keeping.check_host()
     warnings: list[tuple[str, str | None]] = []
     if bound is not None and bound.mountpoint != str(place.path):
         warnings.append((f"diff {diff_path} was mounted on {bound.mountpoint} before", None))
@@ -140,6 +142,8 @@ def open_mount(request: MountRequest) -> OpenMount:
         with host_errors(diff_path):
             diff = Diff.open(diff_path, base)
             undo.callback(diff.close)
+            if request.is_supervised:
+                keeping.check_layer(diff.live)
             sealed = open_layers(diff)
             for layer in sealed:
                 undo.callback(layer.close)

@@ -58,6 +58,9 @@ class MountRequest:
     verifies_pages: bool = False
     """Whether pages of the base are looked at when they are first read."""
 
+    is_supervised: bool = False
+    """Whether another worker takes over when one dies."""
+
     def names_base(self) -> bool:
         """Return whether the command line says anything about the base."""
         return bool(self.store or self.instance or self.backup_id or self.base_dir or self.is_empty)

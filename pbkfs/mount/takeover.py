@@ -141,6 +141,7 @@ def open_taken(numbers: Numbers, fds: Mapping[str, int]) -> tuple[OpenMount, Led
         hydrate=meta["hydrate"],
         full_wait_s=meta["full_wait_s"],
         verifies_pages=meta["verifies_pages"],
+        is_supervised=True,
     )
     opened = OpenMount(
         request=request,

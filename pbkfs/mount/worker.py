@@ -106,7 +106,7 @@ def run(
             else:
                 opened.abandon()
         report.send("error", **error_to_fields(error))
-        if worker.is_ending:
+        if worker.is_ending and link is not None:
             return EXIT_REFUSED
         return error.exit_code if isinstance(error, PbkfsError) else 1
     finally:
@@ -344,15 +344,13 @@ class Worker:
         """Write down from now on what another worker would need."""
         if self.link is None:
             return
-        objects = self.opened.diff.live.path / OBJECTS
-        try:
+        opened = self.opened
+        with host_errors(opened.diff_path):
             # Before anything is written: a younger descriptor would not know of older errors.
+            objects = opened.diff.live.path / OBJECTS
             self._objects_fd = os.open(objects, os.O_RDONLY | os.O_CLOEXEC)
             self.ledger = Ledger.make()
-            self.opened.tree.keep_ledger(self.ledger)
-        except OSError as error:
-            self.ledger = None
-            logger.warning("the death of this worker will end the mount: %s", reason(error))
+            opened.tree.keep_ledger(self.ledger)
 
     def _tell_keeper(self, session: Session, server: socket.socket) -> None:
         """Let the keeper know that this worker serves, and how another one could."""
@@ -364,14 +362,11 @@ class Worker:
             return
         opened = self.opened
         if not session.can_resend():
-            logger.info("this kernel can't send again: the death of this worker ends the mount")
+            self.ledger.give_up("the kernel does not send requests again")
             return
         self.ledger.note(**takeover.describe(opened, session.mountpoint))
         self.ledger.note_init(session.init_request, session.init_answer)
         if not self.ledger.is_usable:
-            return
-        if not keeping.tells_errors(self._objects_fd):
-            self.ledger.give_up("the file system of the diff does not tell of write errors")
             return
         fds = {
             "fuse": session.fuse_fd,
@@ -668,8 +663,8 @@ class Worker:
         path = self.opened.place.path
         if self.link is None or not self.is_armed or self.ledger is None:
             raise HostError(
-                f"the mount on {path} can't survive its worker",
-                hint="That needs Linux 6.9 or later; unmount it, and mount it again.",
+                f"the mount on {path} is not supervised",
+                hint="Unmount it, and mount it again, with --supervised if that is to be possible.",
             )
         fits = int(request["ledger_version"]) == ledgers.VERSION
         fits = fits and request["init_answer"] == self.ledger.init_answer.hex()

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fix_mounts import needs_takeovers
 from fix_place import Place
 from machine import ROOT, mounts_of, open_to_everybody, own_mounts
 
 from pbkfs import errors
-from pbkfs.config import TAKEOVER_VARIABLE
-from pbkfs.mount import keeping
 
 UID = 65534
 
@@ -112,12 +111,10 @@ def test_life_of_a_users_mount(user_at: UserPlace) -> None:
 
 
 @pytest.mark.expect_log("died of signal 9|was replaced")
-def test_worker_of_a_users_mount_dies(user_at: UserPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_takeovers
+def test_worker_of_a_users_mount_dies(user_at: UserPlace) -> None:
     """Nobody needs root to go on."""
-    monkeypatch.setenv(TAKEOVER_VARIABLE, "auto")
-    if not keeping.is_possible():
-        pytest.skip("takeovers need Linux 6.9")
-    base = ["--empty", "-D", user_at.mnt, "-d", user_at.diff]
+    base = ["--empty", "-D", user_at.mnt, "-d", user_at.diff, "--supervised"]
     assert user_at.pbkfs("mount", *base, "--wait").returncode == 0
     script = 'cd "$1"; echo before > file; rm -f gone; exec 3> gone; rm gone; echo ready; '
     script += "read word; echo $word > file; echo open >&3; cat file; cd /"

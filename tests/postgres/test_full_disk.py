@@ -8,13 +8,12 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from fix_mounts import Mount, Mounts, run_pbkfs
+from fix_mounts import Mount, Mounts, needs_takeovers, run_pbkfs
 from fix_postgres import Cluster, wait_until
 from machine import postgres_bindir
 from servers import MountedServer
 
-from pbkfs.config import TAKEOVER_VARIABLE
-from pbkfs.mount import control, keeping
+from pbkfs.mount import control
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a small file system")
 
@@ -94,14 +93,10 @@ def test_a_checkpoint_waits_for_space(full: Mount) -> None:
     server.stop()
 
 
-@pytest.mark.expect_log("died of signal 9")
-def test_another_worker_takes_over_while_writes_wait(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(TAKEOVER_VARIABLE, "auto")
-    if not keeping.is_possible():
-        pytest.skip("takeovers need Linux 6.9")
-    full: Mount = request.getfixturevalue("full")
+@needs_takeovers
+def test_another_worker_takes_over_while_writes_wait(full: Mount) -> None:
+    full.unmount()
+    full.mount("--supervised")
     server = MountedServer(full, postgres_bindir(newest_major(full)))
     server.start("-c", "shared_buffers=128MB", "-c", "max_wal_size=4GB", "-c", "autovacuum=off")
     fill(full, 8)

@@ -16,23 +16,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fix_mounts import Mount, Mounts, run_pbkfs
+from fix_mounts import Mount, Mounts, needs_takeovers, run_pbkfs
 from fix_postgres import Programs, wait_until
 from ledger import Ledger
 from servers import MountedServer
-
-from pbkfs.mount import keeping
 
 ROUNDS = int(os.environ.get("PBKFS_TAKEOVER_ROUNDS", "6"))
 
 _TROUBLE = re.compile(r"PANIC|FATAL|ERROR|could not|terminated by signal|invalid page")
 
 
-@pytest.fixture(autouse=True)
-def _takeovers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PBKFS_TAKEOVER", "auto")
-    if not keeping.is_possible():
-        pytest.skip("takeovers need Linux 6.9")
+pytestmark = needs_takeovers
 
 
 def worker_of(mount: Mount) -> int:
@@ -60,7 +54,7 @@ def trouble_in(server_log: Path) -> list[str]:
 @contextmanager
 def loaded_server(mounts: Mounts, base: Path, programs: Programs) -> Iterator[MountedServer]:
     """A server under TPC-B and with an external ledger, none of which may see an error."""
-    mount = mounts.mount("--base", base)
+    mount = mounts.mount("--base", base, "--supervised")
     server = MountedServer(mount, programs.bindir)
     server.start("-c", "shared_buffers=16MB", "-c", "checkpoint_timeout=30s")
     ledger = Ledger()
@@ -96,7 +90,7 @@ def loaded_server(mounts: Mounts, base: Path, programs: Programs) -> Iterator[Mo
 def test_killed_workers_cost_no_error(
     mounts: Mounts, basebackup: Path, newest_programs: Programs
 ) -> None:
-    seed = random.randrange(1 << 32)
+    seed = int(os.environ.get("PBKFS_TAKEOVER_SEED", random.randrange(1 << 32)))
     print(f"seed {seed}")
     moments = random.Random(seed)
     with loaded_server(mounts, basebackup, newest_programs) as server:
@@ -170,7 +164,7 @@ sys.stdin.readline()
 
 def test_what_is_open_stays_open(mounts: Mounts, basebackup: Path) -> None:
     """Files without a name, a directory without one, and a listing that is half read."""
-    mount = mounts.mount("--base", basebackup)
+    mount = mounts.mount("--base", basebackup, "--supervised")
     holder = subprocess.Popen(
         [sys.executable, "-c", _HOLDER, str(mount.pgdata)],
         stdin=subprocess.PIPE,
@@ -203,7 +197,7 @@ def test_what_is_open_stays_open(mounts: Mounts, basebackup: Path) -> None:
 
 
 def test_unmount_ends_worker_and_keeper(mounts: Mounts, basebackup: Path) -> None:
-    mount = mounts.mount("--base", basebackup)
+    mount = mounts.mount("--base", basebackup, "--supervised")
     kill_worker(mount)
     worker = psutil.Process(worker_of(mount))
     keeper = worker.parent()
@@ -217,7 +211,7 @@ def test_unmount_ends_worker_and_keeper(mounts: Mounts, basebackup: Path) -> Non
 
 def test_removed_files_give_their_space_back(mounts: Mounts, basebackup: Path) -> None:
     """Nobody has counted what the kernel knows from before; it is asked; the end takes all."""
-    mount = mounts.mount("--base", basebackup)
+    mount = mounts.mount("--base", basebackup, "--supervised")
     old = [mount.pgdata / f"old{number}" for number in range(20)]
     for path in old:
         path.write_bytes(b"x" * 9000)
@@ -233,7 +227,7 @@ def test_removed_files_give_their_space_back(mounts: Mounts, basebackup: Path) -
 
 
 def test_dead_keeper_is_a_dead_mount(mounts: Mounts, basebackup: Path) -> None:
-    mount = mounts.mount("--base", basebackup)
+    mount = mounts.mount("--base", basebackup, "--supervised")
     worker = psutil.Process(worker_of(mount))
     keeper = worker.parent()
     assert keeper is not None
@@ -245,18 +239,3 @@ def test_dead_keeper_is_a_dead_mount(mounts: Mounts, basebackup: Path) -> None:
     mount.mount()
     assert os.listdir(mount.pgdata)
     mount.unmount()
-
-
-def test_without_takeovers_a_dead_worker_is_a_dead_mount(
-    mounts: Mounts, basebackup: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PBKFS_TAKEOVER", "off")
-    mount = mounts.mount("--base", basebackup)
-    worker = psutil.Process(worker_of(mount))
-    worker.kill()
-    psutil.wait_procs([worker], timeout=30)
-    with pytest.raises(OSError, match="not connected"):
-        os.listdir(mount.pgdata)
-    done = run_pbkfs("upgrade", "-D", mount.pgdata, check=False)
-    assert done.returncode != 0
-    mount.unmount("--force")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from machine import ROOT
 
+from pbkfs.errors import HostError
 from pbkfs.mount import keeping
 
 _SOON_S = 60.0
@@ -373,12 +374,19 @@ def test_file_systems_that_tell_of_write_errors(tmp_path: Path) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize(
-    ("release", "answer"), [("6.8.12", False), ("6.9.0-1", True), ("7.0", True)]
-)
-def test_old_kernels_have_no_keeper(
-    monkeypatch: pytest.MonkeyPatch, release: str, answer: bool
-) -> None:
-    monkeypatch.delenv("PBKFS_TAKEOVER", raising=False)
+@pytest.mark.parametrize("release", ["6.8.12", "6.9.0-1", "7.0"])
+def test_old_kernels_have_no_keeper(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(os, "uname", lambda: type("Name", (), {"release": release})())
-    assert keeping.is_possible() is answer
+    if release != "6.8.12":
+        keeping.check_host()
+        return
+    with pytest.raises(HostError, match=r"can't be supervised on Linux 6\.8\.12"):
+        keeping.check_host()
+
+
+def test_mount_without_the_program_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "PROGRAM", str(tmp_path / "gone"))
+    with pytest.raises(HostError, match="can't be supervised without"):
+        keeping.check_host()

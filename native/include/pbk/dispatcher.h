@@ -29,6 +29,7 @@ struct pbk_dispatcher_options {
     int log_fd;         /* one text line per failure, never waits; -1: none. Borrowed. */
     int hold_s;         /* for how long a written-back page waits for space; -1: for ever, 0: not at all */
 
+    bool is_supervised; /* another process is to take over when this one dies: see keep_present */
     /* To take over a connection from a dead process: the argument of INIT that the kernel sent to it; else 0 bytes. */
     const void *init;
     size_t init_length;
