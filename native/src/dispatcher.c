@@ -253,8 +253,8 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
 
 /*
  * The kernel copies requests into this buffer. Were a page of it missing when the process is killed, the copy would fail, and
- * with it the request of somebody who shall not notice. So the pages are there before, and no fork write-protects them; that they
- * are locked is not allowed to everybody, and without swap it makes no difference. But only a write needs more than the first few,
+ * with it the request of somebody who shall not notice. So the pages are there before, no fork write-protects them, and no huge page
+ * takes their place; that they are locked is not allowed to everybody, and without swap it makes no difference. But only a write needs more than the first few,
  * and these are megabytes: see pbk_expect_writes.
  */
 static void keep_present(struct pbk_worker *worker, size_t length)
@@ -283,8 +283,10 @@ static int map_buffer(struct pbk_dispatcher *d, struct pbk_worker *worker)
         return -errno;
     worker->buffer = buffer;
     madvise(buffer, PBK_FUSE_BUFFER, MADV_DONTFORK);
-    if (d->is_supervised)
+    if (d->is_supervised) {
+        madvise(buffer, PBK_FUSE_BUFFER, MADV_NOHUGEPAGE);
         keep_present(worker, SMALL_REQUEST);
+    }
     return 0;
 }
 
