@@ -56,7 +56,8 @@ def test_diff_on_an_overlayfs_is_refused(at: Place) -> None:
     options = "lowerdir={},upperdir={},workdir={}".format(*layers)
     place = at.root / "overlay"
     place.mkdir()
-    subprocess.run(["mount", "-t", "overlay", "none", "-o", options, place], check=True)
+    if subprocess.run(["mount", "-t", "overlay", "none", "-o", options, place]).returncode:
+        pytest.skip("no overlayfs can be mounted here")
     try:
         at.diff = place / "diff"
         done = at.mount("--supervised", check=False)
