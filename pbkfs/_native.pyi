@@ -233,8 +233,9 @@ class Dispatcher:
         supervised: bool = False,
         init: bytes = b"",
     ) -> Dispatcher:
-        """``supervised``: another process is to take over when this one dies. ``init``: what the kernel said at INIT to a process that has died; its connection is
-        taken over, and what it had not answered is sent again."""
+        """``supervised``: another process is to take over when this one dies. ``init``: what the
+        kernel said at INIT to a process that has died; its connection is taken over, and what it
+        had not answered is sent again."""
     @property
     def socket_fd(self) -> int:
         """What pyfuse3 talks to in the kernel's place."""

@@ -30,8 +30,8 @@ EXIT_REFUSED = 64
 _PR_SET_PDEATHSIG = 1
 # The kernel that can be asked to send again what a dead worker had taken (FUSE_NOTIFY_RESEND).
 _FIRST_KERNEL = (6, 9)
-# File systems whose syncfs(2) tells of every write error: ext4 and its like, XFS, Btrfs, F2FS, tmpfs.
-# overlayfs tells of none: the one below it has them. Source: linux/magic.h.
+# File systems whose syncfs(2) tells of every write error: ext4 and its like, XFS, Btrfs, F2FS and
+# tmpfs. overlayfs tells of none: the one below it has them. Source: linux/magic.h.
 _TELLING = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994)
 _STATFS_BYTES = 256
 _MAX_MESSAGE = 65536

@@ -165,9 +165,9 @@ class Sealer:
         note_hold: Callable[[bool], None],
         note_layer: Callable[[Path], None],
     ) -> None:
-        """``sync_mount`` has the kernel write back. ``note_hold`` is told before the server is held,
-        and after it was let go; ``note_layer`` of the new layer's directory, before anything is
-        written to it."""
+        """``sync_mount`` has the kernel write back. ``note_hold`` is told before the server is
+        held, and after it was let go; ``note_layer`` of the new layer's directory, before anything
+        is written to it."""
         self._write_back = sync_mount
         self._note_hold = note_hold
         self._note_layer = note_layer

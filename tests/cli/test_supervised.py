@@ -121,7 +121,9 @@ def test_first_readers_after_a_takeover_see_what_was_written(on: Place, base: Pa
         together = threading.Barrier(4)
         wrong: list[int] = []
 
-        def read(part: int, together: threading.Barrier = together) -> None:
+        def read(
+            part: int, together: threading.Barrier = together, wrong: list[int] = wrong
+        ) -> None:
             for number, fd in enumerate(fds):
                 together.wait()
                 # A page of its own each: else they would wait for one request.

@@ -209,9 +209,7 @@ def test_program_before_is_tried_where_the_new_one_hangs(
     limited(TAKEOVER_LIMIT_MS=3000)
 
     def replace(link: keeping.Link) -> None:
-        link.send(
-            "replace", command=heir(tmp_path, "second", before=f"time.sleep({_SOON_S})")
-        )
+        link.send("replace", command=heir(tmp_path, "second", before=f"time.sleep({_SOON_S})"))
         time.sleep(_SOON_S)
 
     with kept(tmp_path, heir(tmp_path), replace) as keeper:
@@ -268,16 +266,16 @@ def test_what_can_not_be_kept_can_not_be_taken_over(tmp_path: Path) -> None:
         wait_for(lambda: is_keeper(link.pid), "the keeper")
         fuse = os.stat(tmp_path / "fuse")
         wait_for(lambda: has_open(link.pid, fuse), "the keeper is armed")
-        free = max(int(path.name) for path in Path(f"/proc/{link.pid}/fd").iterdir()) + 1
+        used = {int(path.name) for path in Path(f"/proc/{link.pid}/fd").iterdir()}
+        free = min(set(range(len(used) + 1)) - used)
         resource.prlimit(link.pid, resource.RLIMIT_NOFILE, (free, free))
         fd = os.open(tmp_path, os.O_RDONLY)
-        for number in range(20):
-            link.send("added", {f"objects-{number}": fd})
+        link.send("added", {"objects-2": fd})
         kill_self(link)
 
     with kept(tmp_path, heir(tmp_path), send_more) as keeper:
         assert end_of(keeper) == keeping.EXIT_REFUSED
-    assert "nobody can take over" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "said").exists()
 
 
 def test_connection_that_is_over_is_let_go(tmp_path: Path) -> None:
