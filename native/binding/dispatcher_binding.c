@@ -245,7 +245,8 @@ static PyGetSetDef dispatcher_attributes[] = {
 };
 
 static PyType_Slot dispatcher_slots[] = {
-    {Py_tp_doc, "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1, hold_s=0, supervised=False, init=b\"\")"},
+    {Py_tp_doc,
+     "Dispatcher(nodes, fuse_fd, *, n_readers=0, n_fsync=4, log_fd=-1, hold_s=0, supervised=False, init=b\"\")"},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_init, dispatcher_init},
     {Py_tp_dealloc, dispatcher_dealloc},
