@@ -41,6 +41,11 @@ _MIN_TASKS = 2
 _MAX_TASKS = 64
 
 
+def init_answer(request: bytes) -> bytes:
+    """Return what this program says to what the kernel says at the begin."""
+    return Dispatcher.init_answer(request)
+
+
 class Session:
     """One mount of one tree on ``mountpoint``; ``fsname`` is what the list of mounts shows.
 
@@ -90,11 +95,6 @@ class Session:
     def init_request(self) -> bytes:
         """What the kernel said at the begin; for ``take_over`` of another process."""
         return b"" if self._dispatcher is None else self._dispatcher.init_request
-
-    @property
-    def init_answer(self) -> bytes:
-        """What the kernel was told then."""
-        return Dispatcher.init_answer(self.init_request)
 
     def can_resend(self) -> bool:
         """Tell whether the kernel would send again what a dead process has not answered."""

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pbkfs import durable
-from pbkfs._native import Dispatcher
 from pbkfs.errors import DiffError, PbkfsError
 from pbkfs.mount.base import open_base
 from pbkfs.mount.binding import BaseAddress, read_binding
@@ -170,7 +169,9 @@ def read_numbers(fds: Mapping[str, int]) -> Numbers:
         numbers = read_ledger(fds["ledger"])
     except (PbkfsError, ValueError, KeyError, TypeError) as error:
         raise RefusedError(f"the ledger of the mount can't be used: {error}") from error
-    if Dispatcher.init_answer(numbers.init) != numbers.init_answer:
+    from pbkfs.fuse.session import init_answer
+
+    if init_answer(numbers.init) != numbers.init_answer:
         raise RefusedError("the kernel was told something else than this version tells it")
     return numbers
 

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbkfs._native import Dispatcher
 from pbkfs.errors import HostError
 from pbkfs.mount import control, keeping
 from pbkfs.mount.target import find_target
@@ -38,6 +37,8 @@ def upgrade(mountpoint: Path | None, diff: Path | None) -> Upgraded:
 
     Raises NotRunningError, HostError where it can't be, BusyError while it must not be.
     """
+    from pbkfs.fuse.session import init_answer
+
     target = find_target(mountpoint, diff)
     before = control.call(target.diff, "ping")
     control.call(
@@ -45,7 +46,7 @@ def upgrade(mountpoint: Path | None, diff: Path | None) -> Upgraded:
         "upgrade",
         command=keeping.command(),
         ledger_version=ledger.VERSION,
-        init_answer=Dispatcher.init_answer(bytes.fromhex(before.get("init", ""))).hex(),
+        init_answer=init_answer(bytes.fromhex(before.get("init", ""))).hex(),
     )
     deadline = time.monotonic() + _LIMIT_S
     while time.monotonic() < deadline:

@@ -360,12 +360,14 @@ class Worker:
             self.link.send("serving")
             self.is_armed = True
             return
+        from pbkfs.fuse.session import init_answer
+
         opened = self.opened
         if not session.can_resend():
             self.ledger.give_up("the kernel does not send requests again")
             return
         self.ledger.note(**takeover.describe(opened, session.mountpoint))
-        self.ledger.note_init(session.init_request, session.init_answer)
+        self.ledger.note_init(session.init_request, init_answer(session.init_request))
         if not self.ledger.is_usable:
             return
         fds = {
