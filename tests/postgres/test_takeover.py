@@ -27,6 +27,8 @@ from pbkfs.mount import control
 ROUNDS = int(os.environ.get("PBKFS_TAKEOVER_ROUNDS", "6"))
 
 _TROUBLE = re.compile(r"PANIC|FATAL|ERROR|could not|terminated by signal|invalid page")
+# Whoever needs the table's lock has it end; it comes again.
+_NO_TROUBLE = "canceling autovacuum task"
 
 
 pytestmark = needs_takeovers
@@ -54,7 +56,7 @@ def kill_worker(mount: Mount) -> float:
 
 def trouble_in(server_log: Path) -> list[str]:
     lines = server_log.read_text(errors="replace").splitlines()
-    return [line for line in lines if _TROUBLE.search(line)]
+    return [line for line in lines if _TROUBLE.search(line) and _NO_TROUBLE not in line]
 
 
 @contextmanager
