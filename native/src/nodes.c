@@ -489,17 +489,39 @@ void pbk_node_released(struct pbk_node *node)
 
 /* ---- what they share ---- */
 
-void pbk_nodes_visit_heat(struct pbk_nodes *nodes, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg)
+static uint64_t uses_of(const struct pbk_node *node)
+{
+    return atomic_load(&node->n_reads) + atomic_load(&node->n_changes);
+}
+
+static uint64_t handles_of(const struct pbk_node *node)
+{
+    return atomic_load(&node->n_handles);
+}
+
+static void visit_with_any(struct pbk_nodes *nodes, uint64_t (*count_of)(const struct pbk_node *),
+                           void (*visit)(void *arg, uint64_t ino, uint64_t n), void *arg)
 {
     pthread_rwlock_rdlock(&nodes->table_lock);
     for (size_t i = 0; i < nodes->n_buckets; i++) {
         for (const struct pbk_node *node = nodes->buckets[i]; node != NULL; node = node->next) {
-            uint64_t n_uses = atomic_load(&node->n_reads) + atomic_load(&node->n_changes);
-            if (n_uses > 0)
-                visit(arg, node->ino, n_uses);
+            uint64_t n = count_of(node);
+            if (n > 0)
+                visit(arg, node->ino, n);
         }
     }
     pthread_rwlock_unlock(&nodes->table_lock);
+}
+
+void pbk_nodes_visit_heat(struct pbk_nodes *nodes, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg)
+{
+    visit_with_any(nodes, uses_of, visit, arg);
+}
+
+void pbk_nodes_visit_opened(struct pbk_nodes *nodes, void (*visit)(void *arg, uint64_t ino, uint64_t n_handles),
+                            void *arg)
+{
+    visit_with_any(nodes, handles_of, visit, arg);
 }
 
 bool pbk_nodes_give_back_files(struct pbk_nodes *nodes)

@@ -1,6 +1,6 @@
 """What a worker does to its own process: log, descriptors, limits, signals, pid file.
 
-Called by ``worker`` on the main thread; ``sync_mount`` in another one.
+Called by ``worker`` on the main thread; ``write_back`` in another one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pbkfs import log
@@ -94,19 +94,36 @@ def _open_public(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
-def sync_mount(path: Path) -> None:
-    """Write back the kernel's dirty pages of the mount; any thread but the serving one. OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync_file(root: int, path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
     try:
-        # syncfs(2) is not in the os module of 3.11; sync_file_range is no substitute.
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syncfs(fd) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        os.fdatasync(fd)
     finally:
         os.close(fd)
+
+
+def write_back(mountpoint: Path, paths: Iterable[bytes]) -> None:
+    """Have the kernel write back what it holds of these files of the mount, and make it durable.
+
+    Any thread but the serving one. With the files that are open (``Tree.paths_in_use``) that is all
+    it holds: a file is written back when it is closed. syncfs(2) of a FUSE mount only begins that,
+    and waits for nothing (fs/fuse: SB_I_NO_DATA_INTEGRITY). Raises the first OSError, after trying
+    all.
+    """
+    first: OSError | None = None
+    root = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for path in paths:
+            try:
+                _sync_file(root, path)
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except OSError as error:
+                first = first or error
+    finally:
+        os.close(root)
+    if first is not None:
+        raise first
 
 
 @contextlib.contextmanager

@@ -183,7 +183,7 @@ class Sealer:
         import trio
 
         began = time.monotonic()
-        await self._sync_mount(_SYNC_LIMIT_S)
+        await self._write_back(_SYNC_LIMIT_S)
         seal = self._tree.begin_seal(new_live, child)
         standstill = Standstill(self._mountpoint, _HOLD_LIMIT_S)
         note = None
@@ -193,7 +193,7 @@ class Sealer:
                 if hold:
                     note = await trio.to_thread.run_sync(standstill.begin)
                     if note is None:
-                        await self._sync_mount(_HOLD_LIMIT_S)
+                        await self._write_back(_HOLD_LIMIT_S)
                         await trio.to_thread.run_sync(seal.sync)
                 sealed = seal.switch()
                 self._tree.hydration.forget()
@@ -226,13 +226,14 @@ class Sealer:
             "note": note,
         }
 
-    async def _sync_mount(self, limit_s: float) -> None:
+    async def _write_back(self, limit_s: float) -> None:
         """Let the kernel write back; a thread, because that needs this one."""
         import trio
 
+        paths = self._tree.paths_in_use()
         with trio.move_on_after(limit_s) as scope:
             await trio.to_thread.run_sync(
-                process.sync_mount, self._mountpoint, abandon_on_cancel=True
+                process.write_back, self._mountpoint, paths, abandon_on_cancel=True
             )
         if scope.cancelled_caught:
             raise HostError(

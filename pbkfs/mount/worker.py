@@ -257,7 +257,6 @@ class Worker:
             "ping": self._on_ping,
             "stat": self._on_stat,
             "reset": self._on_reset,
-            "sync": self._on_sync,
             "unmount": self._on_unmount,
             "hydrate": self._on_hydrate,
             "hydration": self._on_hydration,
@@ -353,8 +352,14 @@ class Worker:
                 if not is_forced:
                     raise await trio.to_thread.run_sync(_busy_error, path) from None
             logger.warning("forced: detaching %s while it is in use", path)
+            paths = self.opened.tree.paths_in_use()
             with trio.move_on_after(START_LIMIT_S):
-                await trio.to_thread.run_sync(process.sync_mount, path, abandon_on_cancel=True)
+                try:
+                    await trio.to_thread.run_sync(
+                        process.write_back, path, paths, abandon_on_cancel=True
+                    )
+                except OSError as error:
+                    logger.error("not all of %s could be written back: %s", path, error)
             await trio.to_thread.run_sync(lambda: session.unmount(lazy=True))
             session.close()
 
@@ -380,13 +385,6 @@ class Worker:
         assert self._session is not None
         self.opened.tree.nodes.reset_counters()
         self._session.reset_counters()
-
-    async def _on_sync(self, _request: dict[str, Any]) -> dict[str, Any]:
-        import trio
-
-        await trio.to_thread.run_sync(process.sync_mount, self.opened.place.path)
-        await trio.to_thread.run_sync(self.opened.tree.sync)
-        return {}
 
     async def _on_unmount(self, request: dict[str, Any]) -> dict[str, Any]:
         await self._unmount(is_forced=bool(request.get("force")))

@@ -152,6 +152,13 @@ class Tree:
         """Return the path of an inode's first name; None if it has none any more."""
         return self._namespace.path_of(self._namespace.get(ino))
 
+    def paths_in_use(self) -> list[bytes]:
+        """Return the paths of the files that the kernel has open; without those without a name."""
+        inodes = self._namespace.inodes
+        found = [inodes[ino] for ino in self.nodes.opened() if ino in inodes]
+        paths = [self._namespace.path_of(inode) for inode in found]
+        return [path for path in paths if path is not None]
+
     def may_appear(self, parent: int, name: bytes) -> bool:
         """Tell whether a name that is missing may be made without the kernel asking for it."""
         return self._namespace.may_appear(self._namespace.get_directory(parent), name)
