@@ -36,7 +36,7 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
     nodes->buckets = calloc(nodes->n_buckets, sizeof(struct pbk_node *));
     if (nodes->buckets == NULL || pbk_log_init(&nodes->log, log_fd) != 0)
         goto no_log;
-    if (pbk_file_set_init(&nodes->files, max_open_files()) != 0)
+    if (pbk_file_set_init(&nodes->files, max_open_files(), &nodes->log, &nodes->counters.sync_errors) != 0)
         goto no_files;
     if (pbk_index_set_init(&nodes->indexes, index_bytes) != 0)
         goto no_indexes;
