@@ -275,7 +275,7 @@ class Contents:
             if is_whole and file.nlookup == 0:
                 # Nobody uses it, and nobody has to remember pages of it.
                 self.close_idle(file)
-            else:
+            elif self.nodes.has(file.ino):  # else it was forgotten meanwhile, and is opened later
                 self._attach(file, piece)
 
     def close_idle(self, file: File) -> None:
