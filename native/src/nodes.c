@@ -314,6 +314,19 @@ int node_make_sources(const struct pbk_source_spec *specs, unsigned n_specs, str
     return err;
 }
 
+/*
+ * Whoever wants it alone goes before those who would share it: a scan by many, whose reads overlap without end, would keep the
+ * first copy-up waiting, and with it Python. Nobody takes it twice. These can't fail on Linux.
+ */
+static void init_node_lock(pthread_rwlock_t *lock)
+{
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(lock, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
+}
+
 int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
                   unsigned n_specs)
 {
@@ -328,7 +341,7 @@ int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const st
     node->ino = ino;
     node->below_size = node->sources_size = size;
     atomic_init(&node->size, size);
-    pthread_rwlock_init(&node->lock, NULL);
+    init_node_lock(&node->lock);
     pthread_mutex_init(&node->load_lock, NULL);
     int err = node_make_sources(specs, n_specs, &node->sources, &node->n_sources, &node->first_pages);
     if (err) {

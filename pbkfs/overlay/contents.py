@@ -80,9 +80,9 @@ class Contents:
             self.nodes.add(file.ino, file.size, self._stack.sources(file))
         try:
             self._verify(file)
+            self.note_names(file)
             if piece is not None:
                 self._attach(file, piece)
-            self.note_names(file)
             self.nodes.publish(file.ino)
         except BaseException:
             self.nodes.remove(file.ino)
