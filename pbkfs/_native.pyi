@@ -37,7 +37,7 @@ def scan_pages(
 ) -> tuple[int, int, int | None]:
     """Walk a stored data file: pages stored, highest block + 1, blocks by a truncation marker.
 
-    Raises OSError(EIO) if it is malformed or shorter than ``stored_size``.
+    Raises OSError(EBADMSG) if it is malformed or shorter than ``stored_size``.
     """
 
 def scan_journal(
