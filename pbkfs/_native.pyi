@@ -37,7 +37,7 @@ def scan_pages(
 ) -> tuple[int, int, int | None]:
     """Walk a stored data file: pages stored, highest block + 1, blocks by a truncation marker.
 
-    Raises OSError(EIO) if it is malformed or shorter than ``stored_size``.
+    Raises OSError(EBADMSG) if it is malformed or shorter than ``stored_size``.
     """
 
 def scan_journal(
@@ -171,6 +171,8 @@ class Nodes:
     def count_blocks(self, ino: int, /) -> tuple[int, int, int, bool]:
         """(blocks that could come from below, those in the object, those of these that were
         changed, whether the object is whole); (0, 0, 0, whole) unless it is mapped."""
+    def opened(self) -> dict[int, int]:
+        """How many handles of each inode the kernel has open; without those that have none."""
     def heat(self) -> dict[int, int]:
         """Reads and changes of each inode since it was registered; without those that had none."""
     def verify(self, ino: int, first_blkno: int, has_checksums: bool, /) -> None:

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -21,18 +22,41 @@ logger = logging.getLogger(__name__)
 PROGRAM = str(Path(__file__).with_name("pbkfs-keeper"))
 
 
-def sync(mountpoint: Path, *, is_aside: bool) -> None:
-    """Have the kernel write back what is dirty on the mount. Raises OSError."""
-    number = _call("sync", os.fspath(mountpoint)) if is_aside else None
-    if number is None:
-        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # syncfs(2) is not in the os module of 3.11; sync_file_range is no substitute.
-            number = _errno_of("syncfs", fd)
-        finally:
-            os.close(fd)
-    if number:
-        raise OSError(number, os.strerror(number))
+def write_back(mountpoint: Path, paths: Sequence[bytes], *, is_aside: bool) -> None:
+    """Have the kernel write back what it holds of these files of the mount, and make it durable.
+
+    With the files that are open (``Tree.paths_in_use``) that is all it holds: a file is written
+    back when it is closed. syncfs(2) of a FUSE mount only begins that, and waits for nothing
+    (fs/fuse: SB_I_NO_DATA_INTEGRITY). Raises the first OSError, after trying all.
+    """
+    if is_aside:
+        number = _call("sync", os.fspath(mountpoint), said=b"".join(path + b"\0" for path in paths))
+        if number is not None:
+            if number:
+                raise OSError(number, os.strerror(number))
+            return
+    first: OSError | None = None
+    root = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for path in paths:
+            try:
+                _sync_file(root, path)
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except OSError as error:
+                first = first or error
+    finally:
+        os.close(root)
+    if first is not None:
+        raise first
+
+
+def _sync_file(root: int, path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 def unmount(mountpoint: Path, flags: int, *, is_aside: bool) -> int:
@@ -49,11 +73,11 @@ def _errno_of(name: str, *args: object) -> int:
     return ctypes.get_errno() if function(*args) != 0 else 0
 
 
-def _call(*args: str) -> int | None:
+def _call(*args: str, said: bytes = b"") -> int | None:
     """Have the program do it; returns 0 or the errno, or None where the program can't be run."""
     null = subprocess.DEVNULL
     try:
-        done = subprocess.run([PROGRAM, *args], stdin=null, stdout=null, stderr=null, check=False)
+        done = subprocess.run([PROGRAM, *args], input=said, stdout=null, stderr=null, check=False)
     except OSError as error:
         # Taken away with a version that is served on, or there is no memory.
         logger.warning("%s is called without %s: %s", args[0], PROGRAM, error.strerror)

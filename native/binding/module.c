@@ -145,7 +145,7 @@ static PyObject *binding_scan_pages(PyObject *Py_UNUSED(module), PyObject *args)
     }
     Py_END_ALLOW_THREADS
     if (err < 0)
-        return pbk_binding_fail(err, err == -EIO ? walk.reason : NULL);
+        return pbk_binding_fail(err, walk.reason);
     if (walk.has_marker)
         return Py_BuildValue("(KII)", (unsigned long long)walk.n_pages, walk.end_block, walk.marker);
     return Py_BuildValue("(KIO)", (unsigned long long)walk.n_pages, walk.end_block, Py_None);

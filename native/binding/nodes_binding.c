@@ -838,49 +838,62 @@ static PyObject *nodes_count_blocks(struct nodes_object *self, PyObject *arg)
                          counts.is_whole ? Py_True : Py_False);
 }
 
-struct heat {
+/* What a visit of the table finds: inodes, and a number for each. */
+struct numbers {
     uint64_t (*entries)[2];
     size_t n;
     size_t room;
     bool is_short;
 };
 
-static void collect_heat(void *arg, uint64_t ino, uint64_t n_uses)
+static void collect_number(void *arg, uint64_t ino, uint64_t number)
 {
-    struct heat *heat = arg;
-    if (heat->n == heat->room) {
-        size_t room = heat->room ? heat->room * 2 : 256;
-        uint64_t (*entries)[2] = PyMem_RawRealloc(heat->entries, room * sizeof(*entries));
+    struct numbers *found = arg;
+    if (found->n == found->room) {
+        size_t room = found->room ? found->room * 2 : 256;
+        uint64_t (*entries)[2] = PyMem_RawRealloc(found->entries, room * sizeof(*entries));
         if (entries == NULL) {
-            heat->is_short = true;
+            found->is_short = true;
             return;
         }
-        heat->entries = entries;
-        heat->room = room;
+        found->entries = entries;
+        found->room = room;
     }
-    heat->entries[heat->n][0] = ino;
-    heat->entries[heat->n++][1] = n_uses;
+    found->entries[found->n][0] = ino;
+    found->entries[found->n++][1] = number;
 }
 
-static PyObject *nodes_heat(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+typedef void (*table_visitor)(struct pbk_nodes *, void (*)(void *, uint64_t, uint64_t), void *);
+
+static PyObject *numbers_of(struct nodes_object *self, table_visitor visit)
 {
-    struct heat heat = {0};
+    struct numbers found = {0};
     if (!is_open(self))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pbk_nodes_visit_heat(self->nodes, collect_heat, &heat);
+    visit(self->nodes, collect_number, &found);
     Py_END_ALLOW_THREADS
-    PyObject *dict = heat.is_short ? PyErr_NoMemory() : PyDict_New();
-    for (size_t i = 0; dict != NULL && i < heat.n; i++) {
-        PyObject *key = PyLong_FromUnsignedLongLong(heat.entries[i][0]);
-        PyObject *value = PyLong_FromUnsignedLongLong(heat.entries[i][1]);
+    PyObject *dict = found.is_short ? PyErr_NoMemory() : PyDict_New();
+    for (size_t i = 0; dict != NULL && i < found.n; i++) {
+        PyObject *key = PyLong_FromUnsignedLongLong(found.entries[i][0]);
+        PyObject *value = PyLong_FromUnsignedLongLong(found.entries[i][1]);
         if (key == NULL || value == NULL || PyDict_SetItem(dict, key, value) < 0)
             Py_CLEAR(dict);
         Py_XDECREF(key);
         Py_XDECREF(value);
     }
-    PyMem_RawFree(heat.entries);
+    PyMem_RawFree(found.entries);
     return dict;
+}
+
+static PyObject *nodes_heat(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    return numbers_of(self, pbk_nodes_visit_heat);
+}
+
+static PyObject *nodes_opened(struct nodes_object *self, PyObject *Py_UNUSED(unused))
+{
+    return numbers_of(self, pbk_nodes_visit_opened);
 }
 
 /* ---- all of them ---- */
@@ -1116,6 +1129,7 @@ static PyMethodDef methods[] = {
     {"hydrate_sync", (PyCFunction)nodes_hydrate_sync, METH_O,
      "Record what was hydrated; whether nothing comes from below any more."},
     {"count_blocks", (PyCFunction)nodes_count_blocks, METH_O, "(blocks, in the object, changed, whether it is whole)."},
+    {"opened", (PyCFunction)nodes_opened, METH_NOARGS, "Inode -> handles that the kernel has open."},
     {"heat", (PyCFunction)nodes_heat, METH_NOARGS, "Inode -> reads and changes since it was registered."},
     {"verify", (PyCFunction)nodes_verify, METH_VARARGS, "Look at pages of the base when they are first read."},
     {"give_back_files", (PyCFunction)nodes_give_back_files, METH_NOARGS,

@@ -49,7 +49,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     struct pbk_page_walk walk;
     CHECK(inflater != NULL);
     int err = pbk_headermap_walk(fd, off, size, crc, n_headers, seen.stored_size, inflater, check_record, &seen, &walk);
-    CHECK(err == 0 || (err == -EIO && walk.reason != NULL));
+    CHECK(err == 0 || (err == -EBADMSG && walk.reason != NULL));
     CHECK(err == 0 || seen.last_block < 0);
     pbk_inflater_free(inflater);
     close(fd);

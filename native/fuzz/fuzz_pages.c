@@ -32,7 +32,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     struct pbk_page_walk walk;
     CHECK(fd >= 0);
     int walked = pbk_pages_walk(fd, stored_size, flags & 4, check_record, &stored_size, &walk);
-    CHECK(walked == 0 || (walked == -EIO && walk.reason != NULL));
+    CHECK(walked == 0 || (walked == -EBADMSG && walk.reason != NULL));
     close(fd);
 
     struct pbk_nodes *nodes = pbk_nodes_new(NULL, place_fd, -1, 1 << 20);

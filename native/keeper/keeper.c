@@ -20,7 +20,8 @@
  * keeper -> worker
  *   go       fd=NAME why=TEXT takeovers=N: take over
  *
- * And calls that wait for the mount itself (pbkfs/aside.py): sync PATH, umount PATH FLAGS. The exit code is 0 or the errno.
+ * And calls that wait for the mount itself (pbkfs/aside.py): sync PATH, of the files below it that are named on stdin, each with a
+ * NUL at its end; umount PATH FLAGS. The exit code is 0 or the first errno.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -551,10 +552,30 @@ static int keep_mount(int sock, pid_t pid)
 
 /* --- calls that wait for the mount -------------------------------------------------------------------------------- */
 
-static int sync_mount(const char *path)
+static int sync_file(int root, const char *path)
 {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    return fd < 0 || syncfs(fd) ? errno : 0;
+    int fd = openat(root, path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return errno == ENOENT ? 0 : errno; /* removed meanwhile */
+    int error = fdatasync(fd) ? errno : 0;
+    close(fd);
+    return error;
+}
+
+static int sync_files(const char *path)
+{
+    char *name = NULL;
+    size_t room = 0;
+    int first = 0;
+    int root = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (root < 0)
+        return errno;
+    while (getdelim(&name, &room, 0, stdin) > 0) {
+        int error = sync_file(root, name);
+        first = first ? first : error;
+    }
+    free(name);
+    return first ? first : ferror(stdin) ? EIO : 0;
 }
 
 static int unmount(const char *path, int flags)
@@ -567,7 +588,7 @@ int main(int argc, char **argv)
     if (argc == 4 && !strcmp(argv[1], "keep"))
         return keep_mount(atoi(argv[2]), (pid_t)atoi(argv[3]));
     if (argc == 3 && !strcmp(argv[1], "sync"))
-        return sync_mount(argv[2]);
+        return sync_files(argv[2]);
     if (argc == 4 && !strcmp(argv[1], "umount"))
         return unmount(argv[2], atoi(argv[3]));
     fprintf(stderr, "pbkfs-keeper is for pbkfs itself; see pbkfs --help\n");

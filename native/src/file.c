@@ -14,10 +14,13 @@
 
 #define MAX_RELIEF 8u
 
-int pbk_file_set_init(struct pbk_file_set *set, unsigned max_open)
+int pbk_file_set_init(struct pbk_file_set *set, unsigned max_open, struct pbk_log *log,
+                      atomic_uint_fast64_t *n_sync_errors)
 {
     memset(set, 0, sizeof(*set));
     set->max_open = max_open;
+    set->log = log;
+    set->n_sync_errors = n_sync_errors;
     int err = pthread_mutex_init(&set->lock, NULL);
     if (err)
         return -err;
@@ -148,10 +151,34 @@ static struct pbk_file *take_oldest(struct pbk_file_set *set, int *fd)
     return NULL;
 }
 
+static int sync_descriptor(struct pbk_file_set *set, struct pbk_file *file, int fd, bool datasync)
+{
+    int err = datasync ? pbk_fdatasync(fd) : pbk_fsync(fd);
+    if (err) {
+        int none = 0;
+        atomic_compare_exchange_strong(&file->sync_error, &none, err);
+        if (set->n_sync_errors != NULL)
+            atomic_fetch_add_explicit(set->n_sync_errors, 1, memory_order_relaxed);
+        if (set->log != NULL)
+            pbk_log_failure(set->log, file->path, PBK_LOG_NO_BLOCK, "diff", "object can't be synced", -err);
+    }
+    return err;
+}
+
+int pbk_file_sync(struct pbk_file_set *set, struct pbk_file *file, int fd, bool datasync)
+{
+    /* The kernel tells a descriptor of an error once: enforce_bound, which syncs this one, may be the one that hears of it. */
+    pthread_mutex_lock(&set->lock);
+    while (file->is_evicted)
+        pthread_cond_wait(&set->unpinned, &set->lock);
+    pthread_mutex_unlock(&set->lock);
+    int err = atomic_load(&file->sync_error);
+    return err ? err : sync_descriptor(set, file, fd, datasync);
+}
+
 /*
  * Closes descriptors until the bound holds. Called and returns with the lock held, but gives it up for the sync of a dirty
- * file, whose error would be lost with its descriptor. The file stays pinned and dirty meanwhile: an fsync of it that runs
- * beside has to wait for the disk itself.
+ * file, whose error would be lost with its descriptor. The file stays pinned and dirty meanwhile, and whoever syncs it waits.
  */
 static void enforce_bound(struct pbk_file_set *set, unsigned bound)
 {
@@ -166,20 +193,18 @@ static void enforce_bound(struct pbk_file_set *set, unsigned bound)
         }
         file->fd = fd;
         file->n_pins = 1;
+        file->is_evicted = true;
         set->n_open++;
         pthread_mutex_unlock(&set->lock);
-        int err = pbk_fdatasync(fd);
-        if (err) {
-            int none = 0;
-            atomic_compare_exchange_strong(&file->sync_error, &none, err);
-        }
+        (void)sync_descriptor(set, file, fd, true); /* remembered in the file */
         pthread_mutex_lock(&set->lock);
+        file->is_evicted = false;
         if (--file->n_pins == 0) {
             file->fd = -1;
             set->n_open--;
             close(fd);
-            pthread_cond_broadcast(&set->unpinned);
         }
+        pthread_cond_broadcast(&set->unpinned);
     }
 }
 

@@ -30,12 +30,12 @@ static int check_entries(const uint8_t *entries, uint32_t n_headers, uint64_t st
         int64_t end = (int32_t)pbk_get_u32(entry + ENTRY + ENTRY_POS);
         if (block < next_block || block >= (int64_t)PBK_MAX_SEGMENT_BLOCKS) {
             walk->reason = "header map has blocks out of order";
-            return -EIO;
+            return -EBADMSG;
         }
         int64_t length = end - pos - (int64_t)PBK_RECORD_HEADER;
         if (pos < 0 || length < 1 || length > (int64_t)PBK_BLCKSZ || (uint64_t)end > stored_size) {
             walk->reason = "header map has an impossible position";
-            return -EIO;
+            return -EBADMSG;
         }
         next_block = block + 1;
     }
@@ -47,19 +47,19 @@ int pbk_headermap_walk(int map_fd, int64_t off, int64_t size, uint32_t crc, uint
 {
     uint8_t *packed = NULL;
     uint8_t *entries = NULL;
-    int err = -EIO;
+    int err = -EBADMSG;
 
     memset(walk, 0, sizeof(*walk));
     /* A record takes at least 9 bytes of the stored file, which bounds the number of headers before anything is allocated. */
     if (stored_size > UINT32_MAX || (uint64_t)n_headers * (PBK_RECORD_HEADER + 1) > stored_size) {
         walk->reason = "list has more headers than the stored file has room for";
-        return -EIO;
+        return -EBADMSG;
     }
     size_t n = ((size_t)n_headers + 1) * ENTRY;
     /* zlib's worst case is 5 bytes in 16 KiB and a few. */
     if (off < 0 || size <= 0 || (uint64_t)size > n + n / 1000 + 64 || off > INT64_MAX - size) {
         walk->reason = "list has an impossible place in the header map";
-        return -EIO;
+        return -EBADMSG;
     }
     /* Neither may be larger than what is really there lets expect, or a lying list could have any amount of memory. */
     struct stat st;
@@ -67,11 +67,11 @@ int pbk_headermap_walk(int map_fd, int64_t off, int64_t size, uint32_t crc, uint
         return -errno;
     if (off + size > st.st_size) {
         walk->reason = "header map is truncated";
-        return -EIO;
+        return -EBADMSG;
     }
     if (n / DEFLATE_RATIO > (uint64_t)size) {
         walk->reason = "list has more headers than its part of the header map";
-        return -EIO;
+        return -EBADMSG;
     }
     packed = malloc((size_t)size);
     entries = malloc(n);
@@ -80,9 +80,12 @@ int pbk_headermap_walk(int map_fd, int64_t off, int64_t size, uint32_t crc, uint
         goto out;
     }
     ssize_t got = pbk_pread_full(map_fd, packed, (size_t)size, (uint64_t)off);
+    if (got < 0) {
+        err = (int)got;
+        goto out;
+    }
     if (got != (ssize_t)size) {
         walk->reason = "header map is truncated";
-        err = got < 0 ? (int)got : -EIO;
         goto out;
     }
     if (pbk_inflate(inflater, packed, (size_t)size, entries, n) != 0) {

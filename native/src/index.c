@@ -12,6 +12,9 @@
 #include "pbk/node.h"
 #include "pbk/pagestream.h"
 
+/* For how long what a layer says is believed that could not be read. */
+#define RETRY_S 2
+
 struct builder {
     struct pbk_index *index;
     uint32_t room;     /* entries allocated */
@@ -93,6 +96,18 @@ static int walk_source(struct pbk_source *source, struct pbk_file_set *files, st
     return err;
 }
 
+static time_t now_s(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec;
+}
+
+bool pbk_index_is_stale(const struct pbk_index *index)
+{
+    return index->stale_at_s != 0 && now_s() >= index->stale_at_s;
+}
+
 static void free_index(struct pbk_index *index)
 {
     if (index == NULL)
@@ -124,7 +139,11 @@ int pbk_index_build(struct pbk_source *sources, unsigned first_source, unsigned 
             goto fail;
         if (err) {
             pbk_log_failure(log, source->name, PBK_LOG_NO_BLOCK, source->label,
-                            walk.reason != NULL ? walk.reason : "stored pages can't be listed", err == -EIO ? 0 : -err);
+                            walk.reason != NULL ? walk.reason : "stored pages can't be listed",
+                            err == -EBADMSG ? 0 : -err);
+            /* The store may come back; what is malformed stays so. */
+            if (err != -EBADMSG)
+                b.index->stale_at_s = now_s() + RETRY_S;
             if (b.end < b.limit) {
                 size_t n = (size_t)b.index->n_damages + 1;
                 struct pbk_index_damage *damages = realloc(b.index->damages, n * sizeof(*damages));

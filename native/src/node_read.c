@@ -85,15 +85,28 @@ static int fail(struct pbk_node *node, const struct pbk_source *source, uint64_t
 
 /* ---- where blocks are ---- */
 
+/* The loaded index with a reference, or NULL. */
+static struct pbk_index *take_index(struct pbk_node *node)
+{
+    struct pbk_index_set *set = &node->nodes->indexes;
+    struct pbk_index *index = pbk_index_get(set, &node->index);
+    if (index != NULL && pbk_index_is_stale(index)) {
+        pbk_index_put(set, index);
+        pbk_index_drop(set, &node->index);
+        index = NULL;
+    }
+    return index;
+}
+
 static int get_index(struct pbk_node *node, struct pbk_ctx *ctx, struct pbk_index **index)
 {
     struct pbk_nodes *nodes = node->nodes;
-    *index = pbk_index_get(&nodes->indexes, &node->index);
+    *index = take_index(node);
     if (*index != NULL)
         return 0;
     pthread_mutex_lock(&node->load_lock);
     int err = 0;
-    *index = pbk_index_get(&nodes->indexes, &node->index);
+    *index = take_index(node);
     if (*index == NULL) {
         /* Whatever was sealed above them: blocks behind this end are never theirs. */
         uint64_t n_blocks = blocks_of(node->sources_size);

@@ -103,16 +103,12 @@ static int sync_data(struct pbk_node *node, bool datasync)
     if (fd < 0)
         return fd;
     pbk_step("object:fsync");
-    int err = datasync ? pbk_fdatasync(fd) : pbk_fsync(fd);
+    /* Held open, so that nobody closes the file unsynced because it is called clean. What is written from here on makes it
+     * dirty again. After a failure blocks would be recorded as durable that are not: the object stays unsyncable until it is
+     * mounted again. */
+    atomic_store(&object->file.is_dirty, false);
+    int err = pbk_file_sync(&node->nodes->files, &object->file, fd, datasync);
     pbk_file_release(&node->nodes->files, &object->file);
-    if (err) {
-        /* The kernel drops what it could not write and reports it once. Were the next call believed, blocks would be recorded
-         * as durable that are not: this object stays unsyncable until it is mounted again. */
-        int none = 0;
-        atomic_compare_exchange_strong(&object->file.sync_error, &none, err);
-        count(&node->nodes->counters.sync_errors, 1);
-        pbk_log_failure(&node->nodes->log, object->file.path, PBK_LOG_NO_BLOCK, "diff", "object can't be synced", -err);
-    }
     return err;
 }
 
@@ -128,8 +124,7 @@ int node_sync_object(struct pbk_node *node, bool datasync)
     err = list_new_blocks(object, &changed, &hydrated);
     if (err)
         goto out;
-    bool is_dirty = atomic_exchange(&object->file.is_dirty, false);
-    if (is_dirty || changed.n > 0 || hydrated.n > 0 || object->is_fresh || !datasync)
+    if (atomic_load(&object->file.is_dirty) || changed.n > 0 || hydrated.n > 0 || object->is_fresh || !datasync)
         err = sync_data(node, datasync);
     if (err == 0 && object->is_fresh) {
         err = sync_directory(node);

@@ -36,7 +36,7 @@ struct pbk_nodes *pbk_nodes_new(struct pbk_journal *journal, int objects_fd, int
     nodes->buckets = calloc(nodes->n_buckets, sizeof(struct pbk_node *));
     if (nodes->buckets == NULL || pbk_log_init(&nodes->log, log_fd) != 0)
         goto no_log;
-    if (pbk_file_set_init(&nodes->files, max_open_files()) != 0)
+    if (pbk_file_set_init(&nodes->files, max_open_files(), &nodes->log, &nodes->counters.sync_errors) != 0)
         goto no_files;
     if (pbk_index_set_init(&nodes->indexes, index_bytes) != 0)
         goto no_indexes;
@@ -314,6 +314,19 @@ int node_make_sources(const struct pbk_source_spec *specs, unsigned n_specs, str
     return err;
 }
 
+/*
+ * Whoever wants it alone goes before those who would share it: a scan by many, whose reads overlap without end, would keep the
+ * first copy-up waiting, and with it Python. Nobody takes it twice. These can't fail on Linux.
+ */
+static void init_node_lock(pthread_rwlock_t *lock)
+{
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(lock, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
+}
+
 int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const struct pbk_source_spec *specs,
                   unsigned n_specs)
 {
@@ -328,7 +341,7 @@ int pbk_nodes_add(struct pbk_nodes *nodes, uint64_t ino, uint64_t size, const st
     node->ino = ino;
     node->below_size = node->sources_size = size;
     atomic_init(&node->size, size);
-    pthread_rwlock_init(&node->lock, NULL);
+    init_node_lock(&node->lock);
     pthread_mutex_init(&node->load_lock, NULL);
     int err = node_make_sources(specs, n_specs, &node->sources, &node->n_sources, &node->first_pages);
     if (err) {
@@ -495,17 +508,39 @@ void pbk_node_released(struct pbk_node *node)
 
 /* ---- what they share ---- */
 
-void pbk_nodes_visit_heat(struct pbk_nodes *nodes, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg)
+static uint64_t uses_of(const struct pbk_node *node)
+{
+    return atomic_load(&node->n_reads) + atomic_load(&node->n_changes);
+}
+
+static uint64_t handles_of(const struct pbk_node *node)
+{
+    return atomic_load(&node->n_handles);
+}
+
+static void visit_with_any(struct pbk_nodes *nodes, uint64_t (*count_of)(const struct pbk_node *),
+                           void (*visit)(void *arg, uint64_t ino, uint64_t n), void *arg)
 {
     pthread_rwlock_rdlock(&nodes->table_lock);
     for (size_t i = 0; i < nodes->n_buckets; i++) {
         for (const struct pbk_node *node = nodes->buckets[i]; node != NULL; node = node->next) {
-            uint64_t n_uses = atomic_load(&node->n_reads) + atomic_load(&node->n_changes);
-            if (n_uses > 0)
-                visit(arg, node->ino, n_uses);
+            uint64_t n = count_of(node);
+            if (n > 0)
+                visit(arg, node->ino, n);
         }
     }
     pthread_rwlock_unlock(&nodes->table_lock);
+}
+
+void pbk_nodes_visit_heat(struct pbk_nodes *nodes, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg)
+{
+    visit_with_any(nodes, uses_of, visit, arg);
+}
+
+void pbk_nodes_visit_opened(struct pbk_nodes *nodes, void (*visit)(void *arg, uint64_t ino, uint64_t n_handles),
+                            void *arg)
+{
+    visit_with_any(nodes, handles_of, visit, arg);
 }
 
 bool pbk_nodes_give_back_files(struct pbk_nodes *nodes)

@@ -35,7 +35,7 @@ static int window_get(struct window *w, uint64_t pos, const uint8_t **header)
         w->start = pos;
         w->n = (size_t)r;
         if (w->n < PBK_RECORD_HEADER)
-            return -EIO;
+            return -EBADMSG;
     }
     *header = w->bytes + (pos - w->start);
     return 0;
@@ -51,7 +51,7 @@ int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit vis
     memset(walk, 0, sizeof(*walk));
     if (stored_size > UINT32_MAX) {
         walk->reason = "stored file is longer than any segment can be";
-        return -EIO;
+        return -EBADMSG;
     }
     struct stat st;
     if (fstat(fd, &st) != 0)
@@ -64,12 +64,13 @@ int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit vis
         const uint8_t *header = NULL;
         if (stored_size - pos < PBK_RECORD_HEADER) {
             walk->reason = "record header is cut off";
-            err = -EIO;
+            err = -EBADMSG;
             break;
         }
         err = window_get(&w, pos, &header);
         if (err) {
-            walk->reason = "stored file is shorter than listed";
+            if (err == -EBADMSG)
+                walk->reason = "stored file is shorter than listed";
             break;
         }
         uint32_t block = pbk_get_u32(header);
@@ -79,7 +80,7 @@ int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit vis
             walk->marker = block;
             break;
         }
-        err = -EIO;
+        err = -EBADMSG;
         if (size <= 0 || size > (int32_t)PBK_BLCKSZ) {
             walk->reason = "record has an impossible length";
             break;
@@ -108,7 +109,7 @@ int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit vis
     }
     if (err == 0 && file_size < stored_size) {
         walk->reason = "stored file is shorter than listed";
-        err = -EIO;
+        err = -EBADMSG;
     }
     free(w.bytes);
     return err;

@@ -27,8 +27,12 @@ sources_of() {
 
 # The calls that a test takes over.
 wraps_of() {
-    [ "$1" = test_power_cut ] || return 0
-    for call in pwritev_full pwrite_full ftruncate fdatasync fsync fallocate; do
+    case $1 in
+    test_power_cut) calls="pwritev_full pwrite_full ftruncate fdatasync fsync fallocate" ;;
+    test_file) calls=fdatasync ;;
+    *) return 0 ;;
+    esac
+    for call in $calls; do
         echo "-Wl,--wrap=pbk_$call"
     done
 }

@@ -160,9 +160,7 @@ class Branches:
 
     def _check_limits(self, tx: Transaction, head: Head, source: Head) -> None:
         settings = self._life.settings
-        other = tx.find(head.name)
-        if other is not None:
-            raise NameConflictError(f"a {other.kind} named {head.name!r} exists already")
+        tx.check_name_is_free(head.name)
         if len(tx.heads("branch")) >= settings.max_branches:
             raise MaxBranchesError(f"there are {settings.max_branches} branches already")
         if tx.depth(source) + 1 > settings.max_depth:
@@ -408,9 +406,8 @@ class Branches:
                 tx.update(head.id, idle_stop_s=idle_stop_s)
                 tx.record(head, "idle stop", f"{idle_stop_s:g} s" if idle_stop_s else "never")
             if new_name is not None:
-                other = tx.find(new_name)
-                if other is not None and other.id != head.id:
-                    raise NameConflictError(f"a {other.kind} named {new_name!r} exists already")
+                if new_name != head.name:
+                    tx.check_name_is_free(new_name)
                 tx.update(head.id, name=new_name)
                 tx.record(head, "renamed", f"to {new_name}")
         return life.view_one(head)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbkfs.branch.engine import Engine, Size
-from pbkfs.branch.errors import NameConflictError, UnknownHeadError, WrongStateError
+from pbkfs.branch.errors import UnknownHeadError, WrongStateError
 from pbkfs.branch.layout import Layout
 from pbkfs.branch.locks import LAYERS, Locks
 from pbkfs.branch.ports import assign_port
@@ -83,12 +83,6 @@ class Lifecycle:
                 if head is not None and head.id == found.id:
                     yield head
                     return
-
-    def check_name_is_free(self, name: str) -> None:
-        """Raise NameConflictError if a trunk or branch has this name."""
-        other = self.store.find(name)
-        if other is not None:
-            raise NameConflictError(f"a {other.kind} named {name!r} exists already")
 
     def reload(self, head: Head) -> Head:
         """Return the head as the store has it now. Raises UnknownHeadError."""

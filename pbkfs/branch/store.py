@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pbkfs.branch.errors import NameConflictError
 from pbkfs.errors import FormatError, HostError
 
 Kind = Literal["trunk", "branch"]
@@ -242,6 +243,12 @@ class Transaction:
     def find(self, name: str) -> Head | None:
         """Return the head of this name, or None."""
         return next(iter(self._select("WHERE name = ?", (name,))), None)
+
+    def check_name_is_free(self, name: str) -> None:
+        """Raise NameConflictError if a trunk or branch has this name."""
+        other = self.find(name)
+        if other is not None:
+            raise NameConflictError(f"a {other.kind} named {name!r} exists already")
 
     def get(self, head_id: str) -> Head | None:
         """Return the head with this id, or None."""

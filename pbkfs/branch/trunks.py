@@ -124,8 +124,7 @@ class Trunks:
         )
         with life.locks.hold(head.id, what=f"trunk {name!r}"):
             with life.store.transaction() as tx:
-                if tx.find(name) is not None:
-                    life.check_name_is_free(name)
+                tx.check_name_is_free(name)
                 tx.insert(head)
                 tx.record(head, "created", source.describe())
                 if starts:

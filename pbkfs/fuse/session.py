@@ -26,7 +26,7 @@ from pbkfs.fuse.operations import Operations
 from pbkfs.fuse.writeback import Writeback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pbkfs.overlay.tree import Tree
 
@@ -269,9 +269,9 @@ class Session:
         else:
             mounting.unmount(self._mountpoint, is_aside=self._is_supervised)
 
-    def sync_mount(self) -> None:
-        """Have the kernel write back its dirty pages; in another thread. Raises OSError."""
-        aside.sync(self._mountpoint, is_aside=self._is_supervised)
+    def write_back(self, paths: Sequence[bytes]) -> None:
+        """Have the kernel write back these files: ``pbkfs.aside``. In another thread. OSError."""
+        aside.write_back(self._mountpoint, paths, is_aside=self._is_supervised)
 
     def invalidate(self, ino: int, offset: int = 0, length: int = 0) -> None:
         """Have the kernel drop what it cached of a file; dirty pages are written back before.

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -161,14 +161,14 @@ class Sealer:
         diff: Path,
         mountpoint: Path,
         hydrator: Hydrator,
-        sync_mount: Callable[[], None],
+        write_back: Callable[[Sequence[bytes]], None],
         note_hold: Callable[[bool], None],
         note_layer: Callable[[Path], None],
     ) -> None:
-        """``sync_mount`` has the kernel write back. ``note_hold`` is told before the server is
-        held, and after it was let go; ``note_layer`` of the new layer's directory, before anything
-        is written to it."""
-        self._write_back = sync_mount
+        """``write_back`` has the kernel write files back. ``note_hold`` is told before the server
+        is held, and after it was let go; ``note_layer`` of the new layer's directory, before
+        anything is written to it."""
+        self._write_back_files = write_back
         self._note_hold = note_hold
         self._note_layer = note_layer
         self._tree = tree
@@ -199,7 +199,7 @@ class Sealer:
         import trio
 
         began = time.monotonic()
-        await self._sync_mount(_SYNC_LIMIT_S)
+        await self._write_back(_SYNC_LIMIT_S)
         seal = self._tree.begin_seal(new_live, child)
         standstill = Standstill(self._mountpoint, _HOLD_LIMIT_S)
         note = None
@@ -211,7 +211,7 @@ class Sealer:
                     self._note_hold(True)
                     note = await trio.to_thread.run_sync(standstill.begin)
                     if note is None:
-                        await self._sync_mount(_HOLD_LIMIT_S)
+                        await self._write_back(_HOLD_LIMIT_S)
                         await trio.to_thread.run_sync(seal.sync)
                 sealed = seal.switch()
                 self._tree.hydration.forget()
@@ -246,12 +246,13 @@ class Sealer:
             "note": note,
         }
 
-    async def _sync_mount(self, limit_s: float) -> None:
+    async def _write_back(self, limit_s: float) -> None:
         """Let the kernel write back; a thread, because that needs this one."""
         import trio
 
+        paths = self._tree.paths_in_use()
         with trio.move_on_after(limit_s) as scope:
-            await trio.to_thread.run_sync(self._write_back, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._write_back_files, paths, abandon_on_cancel=True)
         if scope.cancelled_caught:
             raise HostError(
                 f"cannot seal diff {self._diff}: the kernel did not write back in {limit_s:g} s",

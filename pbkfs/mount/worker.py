@@ -463,7 +463,6 @@ class Worker:
             "ping": self._on_ping,
             "stat": self._on_stat,
             "reset": self._on_reset,
-            "sync": self._on_sync,
             "unmount": self._on_unmount,
             "hydrate": self._on_hydrate,
             "hydration": self._on_hydration,
@@ -564,8 +563,12 @@ class Worker:
                 if not is_forced:
                     raise await trio.to_thread.run_sync(_busy_error, path) from None
             logger.warning("forced: detaching %s while it is in use", path)
+            paths = self.opened.tree.paths_in_use()
             with trio.move_on_after(START_LIMIT_S):
-                await trio.to_thread.run_sync(session.sync_mount, abandon_on_cancel=True)
+                try:
+                    await trio.to_thread.run_sync(session.write_back, paths, abandon_on_cancel=True)
+                except OSError as error:
+                    logger.error("not all of %s could be written back: %s", path, error)
             await trio.to_thread.run_sync(lambda: session.unmount(lazy=True))
             if self.is_armed and self.link is not None:
                 # Its copy of the connection would let users wait for what nobody serves any more.
@@ -597,14 +600,6 @@ class Worker:
         assert self._session is not None
         self.opened.tree.nodes.reset_counters()
         self._session.reset_counters()
-
-    async def _on_sync(self, _request: dict[str, Any]) -> dict[str, Any]:
-        import trio
-
-        assert self._session is not None
-        await trio.to_thread.run_sync(self._session.sync_mount)
-        await trio.to_thread.run_sync(self.opened.tree.sync)
-        return {}
 
     async def _on_unmount(self, request: dict[str, Any]) -> dict[str, Any]:
         await self._unmount(is_forced=bool(request.get("force")))
@@ -644,7 +639,7 @@ class Worker:
                 opened.diff_path,
                 opened.place.path,
                 self.hydrator,
-                self._session.sync_mount,
+                self._session.write_back,
                 self._note_hold,
                 self._note_layer,
             )

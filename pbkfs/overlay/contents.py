@@ -82,9 +82,9 @@ class Contents:
             self.nodes.add(file.ino, file.size, self._stack.sources(file))
         try:
             self._verify(file)
+            self.note_names(file)
             if piece is not None:
                 self._attach(file, piece)
-            self.note_names(file)
             self.nodes.publish(file.ino)
         except BaseException:
             self.nodes.remove(file.ino)
@@ -288,7 +288,7 @@ class Contents:
             if is_whole and file.nlookup == 0:
                 # Nobody uses it, and nobody has to remember pages of it.
                 self.close_idle(file)
-            else:
+            elif self.nodes.has(file.ino):  # else it was forgotten meanwhile, and is opened later
                 self._attach(file, piece)
 
     def close_idle(self, file: File) -> None:

@@ -63,6 +63,8 @@ class NewObject:
     attributes: tuple[int, int, int]
     times_ns: tuple[int, int]
     is_made: bool = False
+    is_forgotten: bool = False
+    """The kernel has forgotten the file meanwhile, and so the native half: try again."""
 
 
 @dataclass(slots=True)
@@ -81,11 +83,13 @@ class MakeObjects:
             try:
                 self.objects.fill(
                     item.object_id,
-                    partial(self._fill, item.file),
+                    partial(self._fill, item),
                     attributes=item.attributes,
                     times_ns=item.times_ns,
                 )
             except OSError as error:
+                if item.is_forgotten:
+                    continue
                 self.error = error
                 if error.errno in _FULL:
                     return
@@ -94,11 +98,15 @@ class MakeObjects:
             if self.is_filled:
                 self.n_bytes += item.file.size
 
-    def _fill(self, file: File, fd: int) -> None:
-        if self.is_filled:
-            self.contents.nodes.copy_to(file.ino, fd)
-        else:
-            os.ftruncate(fd, file.size)
+    def _fill(self, item: NewObject, fd: int) -> None:
+        if not self.is_filled:
+            os.ftruncate(fd, item.file.size)
+            return
+        try:
+            self.contents.nodes.copy_to(item.file.ino, fd)
+        except FileNotFoundError:
+            item.is_forgotten = True
+            raise
 
 
 @dataclass(slots=True)
@@ -336,9 +344,12 @@ class Hydration:
         finally:
             for item in items:
                 self._stack.live.objects.remove(item.object_id)
-        if step.error is not None:
-            for item in step.items:
-                if not item.is_made and (file := self._file(item.file.ino)) is not None:
+        for item in step.items:
+            if item.is_forgotten:
+                self._cold.append(item.file.ino)
+            elif step.error is not None and not item.is_made:
+                file = self._file(item.file.ino)
+                if file is not None:
                     self._fail(file, step.error)
 
     def _take_object(self, item: NewObject, *, is_filled: bool) -> None:

@@ -122,13 +122,14 @@ class Seal:
             nodes.sync()
             self._old.sync()
             self._old.mark_end()
-            nodes.prepare_seal(self._old.label)
-            undo.callback(nodes.cancel_seal)
-            maps = self._contents.export_maps(files)
             if self._wal is not None:
+                # Before the seal is prepared: it may open a file, which attaches its object.
                 self._start = self._find_start()
                 if self._start is not None:
                     self._wal.advance(self._start)
+            nodes.prepare_seal(self._old.label)
+            undo.callback(nodes.cancel_seal)
+            maps = self._contents.export_maps(files)
             superblock = self._next_superblock(new)
             try:
                 write_switch(superblock, self._diff.path, label="seal:superblock")

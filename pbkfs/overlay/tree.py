@@ -105,6 +105,7 @@ class Tree:
             self._contents.finish_truncations(named[-1])
             for (layer, object_id), ino in doomed.items():
                 self._contents.doom_object(layer, object_id, ino)
+            self._is_taken_over = numbers is not None
             self._doubtful: set[int] = set()
             self._done = {} if numbers is None else numbers.done
             self.hydration = Hydration(self._stack, self._namespace, self._contents)
@@ -211,6 +212,18 @@ class Tree:
     def path_of(self, ino: int) -> bytes | None:
         """Return the path of an inode's first name; None if it has none any more."""
         return self._namespace.path_of(self._namespace.get(ino))
+
+    def paths_in_use(self) -> list[bytes]:
+        """Return the paths of the files that the kernel has open; without those without a name.
+
+        After a takeover nobody has counted that, so these are all that it has ever looked up.
+        """
+        inodes = self._namespace.inodes
+        found = [inodes[ino] for ino in self.nodes.opened() if ino in inodes]
+        if self._is_taken_over:
+            found = [i for i in inodes.values() if isinstance(i, File) and i.nlookup > 0]
+        paths = [self._namespace.path_of(inode) for inode in found]
+        return [path for path in paths if path is not None]
 
     def may_appear(self, parent: int, name: bytes) -> bool:
         """Tell whether a name that is missing may be made without the kernel asking for it."""

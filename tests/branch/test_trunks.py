@@ -114,6 +114,13 @@ def test_trunk_of_a_backup(heads: Heads, catalog_store: CatalogStore) -> None:
     assert heads.sql("a", "select 1") == "1"
 
 
+def test_a_name_is_given_once(heads: Heads, basebackup: Path) -> None:
+    heads.trunk("prod", basebackup, "--no-start")
+    said = "a trunk named 'prod' exists already"
+    assert heads.fail(8, "trunk", "create", "prod", "--from-dir", str(basebackup)) == said
+    assert heads.fail(8, "trunk", "create", "prod", "--empty") == said
+
+
 def test_trunk_that_was_never_started_is_branched_as_it_is(heads: Heads, basebackup: Path) -> None:
     made = heads.trunk("prod", basebackup, "--no-start")
     assert made["status"] == "stopped"

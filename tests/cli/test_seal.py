@@ -110,6 +110,26 @@ def test_what_is_open_goes_on(at: Place, base: Path) -> None:
     assert (at.root / "live1" / "journal").exists()
 
 
+def test_what_the_kernel_holds_back_is_sealed(at: Place, base: Path) -> None:
+    """Thousands of pages of an open file, scattered, so that each is a write of its own."""
+    n_blocks = 16384
+    (base / "base/1/16384").write_bytes(bytes(n_blocks * PAGE))
+    at.mount("--base", base)
+    fd = os.open(at.mnt / "base/1/16384", os.O_RDWR)
+    for block in range(0, n_blocks, 3):
+        os.pwrite(fd, block.to_bytes(8, "little") * 1024, block * PAGE)
+    assert seal_at(at, 1).note is None
+    with mounted(at, at.root / "child1", base) as mnt:
+        found = (mnt / "base/1/16384").read_bytes()
+    os.close(fd)
+    missing = [
+        block
+        for block in range(0, n_blocks, 3)
+        if found[block * PAGE : block * PAGE + 8] != block.to_bytes(8, "little")
+    ]
+    assert missing == []
+
+
 _WRITE = """
 import os, sys, random
 fd = os.open(sys.argv[1], os.O_RDWR)

@@ -179,6 +179,30 @@ def test_keeper_knows_the_file_system_of_a_new_layer(on: Place) -> None:
 
 
 @needs_takeovers
+def test_what_the_kernel_held_back_before_a_takeover_is_sealed(on: Place, base: Path) -> None:
+    """Nobody has counted what it has open."""
+    n_blocks = 1024
+    (base / "base/1/16384").write_bytes(bytes(n_blocks * PAGE))
+    on.mount("--base", base, "--supervised")
+    fd = os.open(on.mnt / "base/1/16384", os.O_RDWR)
+    for block in range(0, n_blocks, 3):
+        os.pwrite(fd, block.to_bytes(8, "little") * 1024, block * PAGE)
+    kill_worker(on)
+    child = [str(on.root / "child"), str(on.root / "child.live")]
+    control.call(on.diff, "seal", live=str(on.root / "live"), child=child, hold=True)
+    os.close(fd)
+    run_pbkfs("unmount", "-D", on.mnt)
+    run_pbkfs("mount", "--base", base, "-D", on.mnt, "-d", child[0])
+    found = (on.mnt / "base/1/16384").read_bytes()
+    run_pbkfs("unmount", "-D", on.mnt)
+    expected = b"".join(
+        bytes(PAGE) if block % 3 else block.to_bytes(8, "little") * 1024
+        for block in range(n_blocks)
+    )
+    assert found == expected
+
+
+@needs_takeovers
 def test_upgrade_goes_on_with_what_is_open(on: Place) -> None:
     on.mount("--supervised")
     with (on.mnt / "file").open("x+") as file:

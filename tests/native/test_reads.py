@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fix_postgres import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from native_store import (
@@ -301,6 +302,25 @@ def test_damaged_header_map_spares_newer_layers(place: Place, damage: str) -> No
     assert place.nodes.read(INO, BLCKSZ, BLCKSZ) == page(7)
     assert place.nodes.read(INO, 6 * BLCKSZ, 2 * BLCKSZ) == bytes(2 * BLCKSZ)
     fails_with_eio(place, 5 * BLCKSZ, 1)
+
+
+def test_header_map_that_was_away_is_read_again(place: Place) -> None:
+    """What a store lacks for a while is no damage: nothing of it is kept for long."""
+    chain = [Layer({b: page(3 + 4 * b) for b in range(8)}, label="FULL")]
+    sources = place.store(chain)
+    headers = place.root / "store" / "1259-0.map"
+    headers.rename(place.root / "away")
+    place.nodes.add(INO, 8 * BLCKSZ, sources)
+    fails_with_eio(place, 0, BLCKSZ)
+    (place.root / "away").rename(headers)
+
+    def is_read() -> bool:
+        try:
+            return place.nodes.read(INO, 0, 8 * BLCKSZ) == compose(chain, 8 * BLCKSZ)
+        except OSError:
+            return False
+
+    wait_until(is_read)
 
 
 def test_damaged_stream_is_good_up_to_the_damage(place: Place) -> None:

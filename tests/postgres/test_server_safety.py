@@ -132,6 +132,13 @@ def test_the_users_own_settings_win(newest_cluster: Cluster) -> None:
     assert cluster.setting("cluster_name") == "mine"
 
 
+def test_all_is_synced_before_a_recovery_without_full_page_images(newest_cluster: Cluster) -> None:
+    newest_cluster.configure(full_page_writes="off")
+    newest_cluster.start()
+    assert newest_cluster.setting("recovery_init_sync_method") == "fsync"
+    newest_cluster.stop()
+
+
 def test_nothing_is_persisted(newest_cluster: Cluster) -> None:
     cluster = newest_cluster
     files = ("postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf")

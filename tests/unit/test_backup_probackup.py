@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from handmade import (
@@ -18,6 +20,7 @@ from handmade import (
 )
 from reference import BLCKSZ, Damage, read_sources
 
+from pbkfs import _native
 from pbkfs.backup import NO_LIMIT, Kind, PageSource, RawSource, open_probackup
 from pbkfs.backup.probackup.base import ProbackupBase
 from pbkfs.errors import (
@@ -217,6 +220,27 @@ def test_a_length_that_cannot_be_found_is_not_zero(store: Store) -> None:
         with pytest.raises((Damage, OSError)):
             read_sources(base.sources(FILE.encode()), BLCKSZ)
         base.close()
+
+
+def test_a_length_that_cannot_be_found_now_is_not_made_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing fails, for it would be kept; once the store is back, it is right."""
+    stored = page_stream(pages("aaa"), compress="zlib", is_padded=True)
+    backup_id = store.add(
+        data_line(FILE, stored, compress_alg="zlib"), files={FILE: stored}, program_version="2.2.7"
+    )
+    base = open_base(store, backup_id)
+
+    def stale(*_: object) -> NoReturn:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as away:
+        away.setattr(_native, "scan_pages", stale)
+        with pytest.raises(OSError, match="Stale"):
+            list(base.scandir(b"base/5"))
+    assert [entry.size for entry in base.scandir(b"base/5")] == [3 * BLCKSZ]
+    base.close()
 
 
 def test_plain_files_are_found_below(store: Store) -> None:

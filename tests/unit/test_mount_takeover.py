@@ -90,6 +90,9 @@ class _Steps:
         self.done: list[str] = []
         self.hydration = self
 
+    def paths_in_use(self) -> list[bytes]:
+        return []
+
     def begin_seal(self, *_args: object) -> _Steps:
         return self
 
@@ -130,7 +133,7 @@ def test_keeper_has_the_new_layer_before_it_is_written_to(
             raise error
 
     sealer = sealing.Sealer(
-        steps, tmp_path, tmp_path, steps, lambda: None, lambda _is_held: None, note
+        steps, tmp_path, tmp_path, steps, lambda _paths: None, lambda _is_held: None, note
     )
     request = {"live": str(tmp_path / "new"), "hold": False}
     if error is None:

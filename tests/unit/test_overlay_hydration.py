@@ -93,6 +93,41 @@ def stop_at(step: int, error: BaseException) -> Callable[[str], None]:
     return stop
 
 
+# --- what comes between the steps: forgotten files ---------------------------------------------
+
+
+@pytest.mark.parametrize("is_opened_again", [False, True])
+@pytest.mark.parametrize("is_early", [False, True])
+@pytest.mark.parametrize("path", [BIG, b"postgresql.conf"])
+def test_a_file_that_is_forgotten_meanwhile(
+    place: TreePlace, path: bytes, *, is_early: bool, is_opened_again: bool
+) -> None:
+    """The kernel may forget a file while a step works on it, and ask for it again."""
+    content = place.driver.read_file(path)
+    number = ino(place, path)
+    survey(place)
+    found = place.tree.hydration
+    while (step := found.next_step(1)) is not None:
+        if isinstance(step, MakeObjects) and number in [item.file.ino for item in step.items]:
+            break
+        step.run()
+        found.finish(step)
+    assert step is not None
+    if is_early:
+        place.driver.forget_all()
+        step.run()
+    else:
+        step.run()
+        place.driver.forget_all()
+    if is_opened_again:
+        assert place.driver.read_file(path) == content
+    found.finish(step)
+    for _ in steps(place):
+        pass
+    assert is_done(place)
+    assert place.driver.read_file(path) == content
+
+
 # --- order and amounts -------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "pbk/log.h"
+
 struct pbk_file {
     int dir_fd; /* the caller's, outlives the file */
     int flags;  /* O_RDONLY or O_RDWR */
@@ -20,6 +22,7 @@ struct pbk_file {
     /* What follows is guarded by the set's lock, but for the atomics. */
     int fd;          /* -1: not open */
     unsigned n_pins; /* uses; 0 and open: in the list */
+    bool is_evicted; /* being synced, to be closed then */
     struct pbk_file *newer;
     struct pbk_file *older;
     atomic_bool is_dirty;  /* written to since the last fdatasync */
@@ -27,6 +30,9 @@ struct pbk_file {
 };
 
 struct pbk_file_set {
+    /* Where a failure of such a sync is told of. NULL: nowhere */
+    struct pbk_log *log;
+    atomic_uint_fast64_t *n_sync_errors;
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t unpinned;
     struct pbk_file *newest;
@@ -35,7 +41,7 @@ struct pbk_file_set {
     unsigned max_open;
 };
 
-int pbk_file_set_init(struct pbk_file_set *, unsigned max_open);
+int pbk_file_set_init(struct pbk_file_set *, unsigned max_open, struct pbk_log *, atomic_uint_fast64_t *n_sync_errors);
 void pbk_file_set_destroy(struct pbk_file_set *); /* every file has been destroyed */
 unsigned pbk_file_set_n_open(struct pbk_file_set *);
 
@@ -45,6 +51,12 @@ void pbk_file_destroy(struct pbk_file_set *, struct pbk_file *); /* not in use *
 /* A descriptor (>= 0) that stays open until pbk_file_release, or -errno. */
 int pbk_file_acquire(struct pbk_file_set *, struct pbk_file *);
 void pbk_file_release(struct pbk_file_set *, struct pbk_file *);
+
+/*
+ * Makes an acquired file durable, with fdatasync or fsync; 0 or -errno. A first failure is final: the kernel drops what it could
+ * not write and says so once, and later calls would be believed.
+ */
+int pbk_file_sync(struct pbk_file_set *, struct pbk_file *, int fd, bool datasync);
 
 /*
  * After an open that failed with err (-errno): whether to try again, because some of our descriptors were given back for it.

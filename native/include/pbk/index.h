@@ -10,8 +10,10 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "pbk/inflate.h"
 #include "pbk/log.h"
@@ -33,6 +35,7 @@ struct pbk_index {
     size_t bytes;
     uint32_t n_entries;
     uint64_t *entries; /* position: 32 bits, length: 14, spare: 2, source: 16. 0 is a hole, as no length is 0 */
+    time_t stale_at_s; /* 0: never. Of CLOCK_MONOTONIC */
     unsigned n_damages;
     struct pbk_index_damage *damages;
 };
@@ -55,10 +58,14 @@ static inline unsigned pbk_index_source(uint64_t entry)
 /*
  * Builds the index of sources[first_source …], all of kind PAGES, for the blocks below n_blocks. A layer that is damaged is
  * logged, and the blocks it might have stored are marked: what newer layers store stays readable. *index or -errno.
+ *
+ * A layer that can't be read is treated the same, but the index is stale a moment later: then it is to be dropped.
  */
 int pbk_index_build(struct pbk_source *sources, unsigned first_source, unsigned n_sources, uint32_t n_blocks,
                     struct pbk_file_set *files, struct pbk_inflater *inflater, struct pbk_log *log,
                     struct pbk_index **index);
+
+bool pbk_index_is_stale(const struct pbk_index *);
 
 /* What is stored for a block: its entry, 0 for a hole, or PBK_INDEX_DAMAGED with *source set. */
 #define PBK_INDEX_DAMAGED UINT64_MAX

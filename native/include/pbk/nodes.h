@@ -120,6 +120,8 @@ void pbk_node_count_blocks(struct pbk_node *, struct pbk_block_counts *);
 
 /* How much the registered files are in use: reads and changes since each was registered. Calls visit for those with any. */
 void pbk_nodes_visit_heat(struct pbk_nodes *, void (*visit)(void *arg, uint64_t ino, uint64_t n_uses), void *arg);
+/* Calls visit for those that the kernel has open. */
+void pbk_nodes_visit_opened(struct pbk_nodes *, void (*visit)(void *arg, uint64_t ino, uint64_t n_handles), void *arg);
 
 /*
  * Sealing: the objects of all nodes become what is below, and new ones go to another directory and another journal. Between

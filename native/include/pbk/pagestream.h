@@ -29,14 +29,15 @@ struct pbk_page_walk {
     uint32_t end_block; /* highest visited block + 1 */
     bool has_marker;
     uint32_t marker;    /* blocks the file had, by a truncation marker (before 2.3.0) */
-    const char *reason; /* what is wrong, where the result is -EIO */
+    const char *reason; /* what is wrong, where the result is -EBADMSG */
 };
 
-/* Walks the records of a stored file. 0, -EIO (what was visited before is right), or another -errno. visit may be NULL. */
+/* Walks the records of a stored file. 0, -EBADMSG (malformed; what was visited before is right), or another -errno, which is the
+ * machine's. visit may be NULL. */
 int pbk_pages_walk(int fd, uint64_t stored_size, bool padded, pbk_page_visit visit, void *arg,
                    struct pbk_page_walk *walk);
 
-/* Visits the records which the header map has for one file. On -EIO about the map nothing was visited. */
+/* Visits the records which the header map has for one file. On -EBADMSG about the map nothing was visited. */
 int pbk_headermap_walk(int map_fd, int64_t off, int64_t size, uint32_t crc, uint32_t n_headers, uint64_t stored_size,
                        struct pbk_inflater *inflater, pbk_page_visit visit, void *arg, struct pbk_page_walk *walk);
 

@@ -6,6 +6,7 @@ interface of ``backup.base``; belongs to one thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -35,6 +36,8 @@ from pbkfs.pgdata import (
 
 logger = logging.getLogger(__name__)
 
+# Errors that are of the backup; others are of the machine, and may pass.
+_DAMAGE = (errno.EBADMSG, errno.ENOENT)
 _DAMAGED_HINT = "The backup is damaged; take another one, or use --force."
 
 
@@ -162,6 +165,8 @@ class ProbackupBase(Base):
         try:
             size = self._composition.size(number, path, entry)
         except (FormatError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _DAMAGE:
+                raise  # a listing is kept, and the store may come back
             # One damaged file must not take the directory with it. Its length is unknown; any but
             # zero makes a reader meet the error, where an empty file would be silently wrong.
             logger.error("size of %r in backup %s is unknown: %s", path, layer.name, error)
