@@ -7,15 +7,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "pbk/file.h"
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static sem_t began;
 static sem_t may_end;
