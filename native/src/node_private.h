@@ -162,11 +162,6 @@ static inline bool bit_is_set(const atomic_uint_fast64_t *words, uint64_t block)
     return atomic_load_explicit(&words[block / 64], memory_order_acquire) >> (block % 64) & 1;
 }
 
-static inline bool test_bit(const atomic_uint_fast64_t *words, uint64_t block)
-{
-    return atomic_load_explicit(&words[block / 64], memory_order_acquire) >> (block % 64) & 1;
-}
-
 static inline void set_bit(atomic_uint_fast64_t *words, uint64_t block)
 {
     atomic_fetch_or_explicit(&words[block / 64], UINT64_C(1) << (block % 64), memory_order_release);

@@ -417,7 +417,7 @@ static int verify_pages(struct pbk_node *node, struct pbk_ctx *ctx, const struct
         const struct place *place = &ctx->places[i];
         uint64_t block = rq->first + i;
         /* Of a part of a page at the end, PostgreSQL reads nothing. */
-        if ((block + 1) * PBK_BLCKSZ > node->sources_size || test_bit(node->verified, block))
+        if ((block + 1) * PBK_BLCKSZ > node->sources_size || bit_is_set(node->verified, block))
             continue;
         if (place->kind != PLACE_STORED &&
             (place->kind != PLACE_DIRECT || place->source < 0 || node->sources[place->source].kind != PBK_SOURCE_RAW))

@@ -19,6 +19,7 @@
 #include <unistd.h>
 #include <zlib.h>
 
+#include "check.h"
 #include "node_private.h"
 #include "pbk/bytes.h"
 #include "pbk/crc32c.h"
@@ -29,14 +30,6 @@
 #include "pbk/nodes.h"
 #include "pbk/pagestream.h"
 #include "pbk/pglz.h"
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #condition, errno);                          \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 #define HALF (PBK_BLCKSZ / 2)
 

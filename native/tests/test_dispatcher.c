@@ -4,6 +4,7 @@
  * of every kind.
  */
 #define _GNU_SOURCE
+#include "check.h"
 #include "pbk/dispatcher.h"
 #include "pbk/fuse_proto.h"
 
@@ -17,14 +18,6 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 #if defined(__SANITIZE_ADDRESS__)
 /* The stack of a cancelled thread stays poisoned, and the sanitizer would then stumble in its own clean-up of it. */
