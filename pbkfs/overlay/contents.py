@@ -55,6 +55,8 @@ class Contents:
         self._verified_by = stack.base.control if verifies_pages else None
         # Layer, object -> (end of the record that took its last name, its inode).
         self._doomed: dict[tuple[Layer, int], tuple[int, int]] = {}
+        # Objects of the live layer -> end of the record that made them, until that is durable.
+        self._newborn: dict[int, int] = {}
         self.counters = dict.fromkeys(
             ("copied_up_whole", "copied_up_mapped", "copied_up_bytes", "objects_reaped"), 0
         )
@@ -189,6 +191,7 @@ class Contents:
                 piece = self._piece(object_id, is_mapped=False)
                 self._attach(file, piece, is_fresh=True)
                 append(records.Create(object_id, path))
+                self._newborn[object_id] = self._stack.live.journal.end
                 self.nodes.publish(file.ino)
             except BaseException:
                 self.nodes.remove(file.ino)
@@ -352,17 +355,37 @@ class Contents:
 
         Never raises OSError: what can't be unlinked is left to the next mount.
         """
+        synced = self._stack.live.journal.synced
+        self._newborn = {key: end for key, end in self._newborn.items() if end > synced}
         for (layer, object_id), (end, ino) in list(self._doomed.items()):
             is_used = not is_over and ino in self._namespace.inodes
             # Without an end, its removal was durable before.
-            if is_used or (end and end > layer.journal.synced):
-                continue
-            del self._doomed[layer, object_id]
-            try:
-                layer.objects.remove(object_id)
-                self.counters["objects_reaped"] += 1
-            except OSError as error:
-                _log.warning("%s: cannot remove object %x: %s", layer.path, object_id, error)
+            is_durable = not end or end <= layer.journal.synced
+            if is_durable and not is_used:
+                self._remove_doomed(layer, object_id)
+
+    def reap_newborn(self, file: File) -> None:
+        """Unlink the object of a forgotten file at once, where its making is not durable either.
+
+        It was never fsynced then, so a power cut may leave its name with nothing in it. Most files
+        that live so short a time never get blocks on the disk below that way.
+        """
+        piece = self._stack.live_piece(file)
+        live = self._stack.live
+        if (
+            piece is not None
+            and self._newborn.get(piece.object_id, 0) > live.journal.synced
+            and (live, piece.object_id) in self._doomed
+        ):
+            self._remove_doomed(live, piece.object_id)
+
+    def _remove_doomed(self, layer: Layer, object_id: int) -> None:
+        del self._doomed[layer, object_id]
+        try:
+            layer.objects.remove(object_id)
+            self.counters["objects_reaped"] += 1
+        except OSError as error:
+            _log.warning("%s: cannot remove object %x: %s", layer.path, object_id, error)
 
     # --- sealing ----------------------------------------------------------------------------
 
@@ -392,6 +415,7 @@ class Contents:
             file.size = NOT_LOADED
             if file.nlookup == 0:
                 self.close_idle(file)
+        self._newborn.clear()
         # Their removal is durable: the sealed journal is.
         self._doomed = {key: (0, ino) for key, (_, ino) in self._doomed.items()}
 

@@ -197,6 +197,8 @@ class Tree:
         self._contents.close_unused(inode)
         if inode.parent is None:
             self._namespace.forget(inode)
+            if isinstance(inode, File):
+                self._contents.reap_newborn(inode)
             if isinstance(inode, Directory):
                 self.nodes.directory_changes(inode.ino)
 

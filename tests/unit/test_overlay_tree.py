@@ -638,6 +638,43 @@ def test_path_that_fits_no_record_is_too_long(place: TreePlace) -> None:
     place.crash()
 
 
+# --- files that live for a moment -----------------------------------------------------------------
+
+
+def make_and_unlink(place: TreePlace, path: bytes, *, is_synced: bool) -> None:
+    handle = place.driver.open(path, os.O_RDWR | os.O_CREAT)
+    place.driver.pwrite(handle, b"x" * PAGE, 0)
+    if is_synced:
+        place.driver.fsync(handle)
+    place.driver.close(handle)
+    place.driver.unlink(path)
+    place.driver.forget_all()
+
+
+@pytest.mark.parametrize("tail", [0, 1, 60, 1 << 20])
+@pytest.mark.parametrize("is_synced", [False, True])
+def test_object_of_a_file_that_was_never_durable_goes_at_once(
+    place: TreePlace, tail: int, *, is_synced: bool
+) -> None:
+    """One that was fsynced has to stay until its removal is durable."""
+    place.tree.sync()
+    make_and_unlink(place, b"moment", is_synced=is_synced)
+    assert len(place.object_paths()) == is_synced
+    place.cut_power(torn_bytes=tail)
+    try:
+        found = place.driver.read_file(b"moment")
+    except FileNotFoundError:
+        return
+    assert found == (b"x" * PAGE if is_synced else b"")
+
+
+def test_that_worker_may_die_too(place: TreePlace) -> None:
+    make_and_unlink(place, b"moment", is_synced=False)
+    place.crash()
+    assert b"moment" not in place.driver.listdir(b"")
+    assert place.object_paths() == []
+
+
 # --- pg_wal ---------------------------------------------------------------------------------------
 
 
