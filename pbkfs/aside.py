@@ -63,11 +63,11 @@ def unmount(mountpoint: Path, flags: int, *, is_aside: bool) -> int:
     """Call umount2(2); returns 0 or the errno."""
     number = _call("umount", os.fspath(mountpoint), str(flags)) if is_aside else None
     if number is None:
-        number = _errno_of("umount2", os.fsencode(mountpoint), ctypes.c_int(flags))
+        number = errno_of("umount2", os.fsencode(mountpoint), ctypes.c_int(flags))
     return number
 
 
-def _errno_of(name: str, *args: object) -> int:
+def errno_of(name: str, *args: object) -> int:
     """Call a function of libc without the interpreter's lock; returns 0 or the errno."""
     function = getattr(ctypes.CDLL(None, use_errno=True), name)
     return ctypes.get_errno() if function(*args) != 0 else 0

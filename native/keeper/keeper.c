@@ -289,7 +289,9 @@ static void act(struct child *child, const char *event, const struct words *args
         heir_until = now_ms() + WARM_LIMIT_MS;
     } else if (!strcmp(event, "warm") && child == &heir) {
         heir_is_warm = true;
-        /* An end on purpose is one by SIGKILL, too: there is only one way to take over. */
+        /* An end on purpose is one by SIGKILL, too: there is only one way to take over. The time begins now, for one that
+         * can't die. */
+        serving_until = now_ms() + TAKEOVER_LIMIT_MS;
         kill(worker.pid, SIGKILL);
     } /* else it is of a later version */
 }

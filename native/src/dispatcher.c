@@ -253,9 +253,9 @@ int pbk_dispatcher_new(struct pbk_nodes *nodes, int fuse_fd, const struct pbk_di
 
 /*
  * The kernel copies requests into this buffer. Were a page of it missing when the process is killed, the copy would fail, and
- * with it the request of somebody who shall not notice. So the pages are there before, no fork write-protects them, and no huge page
- * takes their place; that they are locked is not allowed to everybody, and without swap it makes no difference. But only a write needs more than the first few,
- * and these are megabytes: see pbk_expect_writes.
+ * with it the request of somebody who shall not notice. So the pages are there before, no fork write-protects them, and no
+ * huge page takes their place; that they are locked is not allowed to everybody, and without swap it makes no difference. But
+ * only a write needs more than the first few, and these are megabytes: see pbk_expect_writes.
  */
 static void keep_present(struct pbk_worker *worker, size_t length)
 {

@@ -163,7 +163,8 @@ def parse_on_full(text: str) -> int:
     is_flag=True,
     envvar="PBKFS_SUPERVISED",
     help="Have another worker take over when one dies, or by 'pbkfs upgrade': who uses the mount "
-    "only waits. Needs Linux 6.9.",
+    "only waits. Needs Linux 6.9, and a diff that is not on an overlayfs, as a container's own "
+    "files are.",
 )
 @click.option("--perf-unsafe", is_flag=True, hidden=True)
 @click.option("--no-wal", is_flag=True, hidden=True)

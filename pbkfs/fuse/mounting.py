@@ -73,7 +73,9 @@ def abort(mountpoint: Path) -> None:
     """
     if os.geteuid() == 0:
         # Busy it is, as long as the worker lives; the connection has ended all the same.
-        _call("umount2", os.fsencode(mountpoint), ctypes.c_int(_UMOUNT_NOFOLLOW | _MNT_FORCE))
+        aside.errno_of(
+            "umount2", os.fsencode(mountpoint), ctypes.c_int(_UMOUNT_NOFOLLOW | _MNT_FORCE)
+        )
 
 
 # --- mount ----------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def _mount_as_root(mountpoint: Path, fsname: str, subtype: str, allow_other: boo
     options += ",default_permissions"
     if allow_other:
         options += ",allow_other"
-    number = _call(
+    number = aside.errno_of(
         "mount",
         os.fsencode(fsname),
         os.fsencode(mountpoint),
@@ -225,12 +227,6 @@ def _raise_unmount(mountpoint: Path, number: int, reason: str) -> None:
         f"cannot unmount {mountpoint}: {reason}",
         hint="Run pbkfs as the user who mounted it, or as root.",
     )
-
-
-def _call(name: str, *args: object) -> int:
-    """Call a function of libc without the interpreter's lock; returns 0 or the errno."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    return ctypes.get_errno() if function(*args) != 0 else 0
 
 
 # --- the kernel's list of mounts ------------------------------------------------------------------

@@ -76,10 +76,10 @@ def _ask_worker(target: Target, owner: Owner, timeout_s: float | None) -> None:
             # One that has died in this very moment is followed by another, which is to be asked.
             is_asked = False
         left = _left(deadline)
-        pause = left if is_asked else min(_ASK_AGAIN_S, left or _ASK_AGAIN_S)
+        pause = left if is_asked else min(_ASK_AGAIN_S, _ASK_AGAIN_S if left is None else left)
         if wait_gone(owner, pause):
             return
-        if left is not None and left <= 0:
+        if _left(deadline) == 0:
             raise TimedOutError(
                 f"unmounting {owner.mountpoint} is still in progress (pid {owner.pid})",
                 hint="It writes back what is not on disk yet; wait, or look into its log.",

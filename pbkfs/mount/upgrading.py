@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbkfs.errors import HostError
+from pbkfs.errors import HostError, NotRunningError
 from pbkfs.mount import control, keeping
 from pbkfs.mount.target import find_target
 from pbkfs.overlay import ledger
@@ -51,11 +51,17 @@ def upgrade(mountpoint: Path | None, diff: Path | None) -> Upgraded:
     deadline = time.monotonic() + _LIMIT_S
     while time.monotonic() < deadline:
         # Between the two workers nobody answers, and the keeper holds the socket.
-        now = control.call(target.diff, "ping", timeout_s=_LIMIT_S)
-        if now["pid"] != before["pid"]:
-            return Upgraded(
-                target.mountpoint, target.diff, before["version"], now["version"], now["pid"]
-            )
+        try:
+            now = control.call(target.diff, "ping", timeout_s=_LIMIT_S)
+        except NotRunningError:
+            # The old worker had taken the call when it was killed; the keeper is on record.
+            if not target.has_worker():
+                raise
+        else:
+            if now["pid"] != before["pid"]:
+                return Upgraded(
+                    target.mountpoint, target.diff, before["version"], now["version"], now["pid"]
+                )
         time.sleep(_POLL_S)
     raise HostError(
         f"the new program did not take over the mount of {target.diff}; the old one goes on",

@@ -307,11 +307,11 @@ class Worker:
                         with host_errors(opened.diff_path):
                             self._write_binding("active")
                     self.state = "serving"
+                    self._tell_keeper(session, server)
                     self.was_ready = True
                     self.report.send("ok", pid=self.owner_pid, mountpoint=str(opened.place.path))
                     self.report.close()
                     logger.info("ready")
-                    self._tell_keeper(session, server)
                     if self.taken is not None:
                         nursery.start_soon(_guarded, self._repair, session)
                     if opened.request.hydrate is not None:
@@ -353,7 +353,10 @@ class Worker:
             opened.tree.keep_ledger(self.ledger)
 
     def _tell_keeper(self, session: Session, server: socket.socket) -> None:
-        """Let the keeper know that this worker serves, and how another one could."""
+        """Let the keeper know that this worker serves, and how another one could.
+
+        Raises HostError, OSError.
+        """
         if self.link is None or self.ledger is None:
             return
         if self.taken is not None:
@@ -364,8 +367,11 @@ class Worker:
 
         opened = self.opened
         if not session.can_resend():
-            self.ledger.give_up("the kernel does not send requests again")
-            return
+            raise HostError(
+                f"the mount on {session.mountpoint} can't be supervised: the kernel does not send "
+                "requests again",
+                hint="Leave --supervised out.",
+            )
         self.ledger.note(**takeover.describe(opened, session.mountpoint))
         self.ledger.note_init(session.init_request, init_answer(session.init_request))
         if not self.ledger.is_usable:

@@ -57,6 +57,7 @@ class Contents:
         self._doomed: dict[tuple[Layer, int], tuple[int, int]] = {}
         # Objects of the live layer -> end of the record that made them, until that is durable.
         self._newborn: dict[int, int] = {}
+        self._is_syncing = False
         self.counters = dict.fromkeys(
             ("copied_up_whole", "copied_up_mapped", "copied_up_bytes", "objects_reaped"), 0
         )
@@ -353,8 +354,11 @@ class Contents:
         """Unlink the objects of forgotten files whose removal is durable; ``is_over``: of all that
         have lost their names, because nobody can use them any more.
 
-        Never raises OSError: what can't be unlinked is left to the next mount.
+        Never raises OSError: what can't be unlinked is left to the next mount. While ``sync_open``
+        runs, everything is left to the next call: it may be about to open an object by its path.
         """
+        if self._is_syncing and not is_over:
+            return
         synced = self._stack.live.journal.synced
         self._newborn = {key: end for key, end in self._newborn.items() if end > synced}
         for (layer, object_id), (end, ino) in list(self._doomed.items()):
@@ -374,6 +378,7 @@ class Contents:
         live = self._stack.live
         if (
             piece is not None
+            and not self._is_syncing
             and self._newborn.get(piece.object_id, 0) > live.journal.synced
             and (live, piece.object_id) in self._doomed
         ):
@@ -437,6 +442,14 @@ class Contents:
     def forget_layers(self, layers: Collection[Layer]) -> None:
         """Take note that nothing refers to these sealed layers any more."""
         self._doomed = {key: found for key, found in self._doomed.items() if key[0] not in layers}
+
+    def sync_open(self) -> None:
+        """Make what the native half has open durable. Any thread, one at a time. OSError."""
+        self._is_syncing = True
+        try:
+            self.nodes.sync()
+        finally:
+            self._is_syncing = False
 
     def sync_all(self) -> None:
         """Make all contents durable. Raises the first OSError, after trying all files.

@@ -177,7 +177,11 @@ class ObjectStore:
         self._directories.update(range(first, first + _DIRECTORY_BATCH))
 
     def remove(self, object_id: int) -> None:
-        """Unlink an object that no durable record names; one that is gone is fine."""
+        """Unlink an object; one that is gone is fine.
+
+        The record that took its last name away is durable, or that of its making is not, so that
+        it was never fsynced: see "Objects" in ARCHITECTURE.md.
+        """
         durable.on_step("reap:object:unlink")
         self._unlink(object_path(object_id))
 

@@ -103,7 +103,7 @@ class Seal:
 
     def sync(self) -> None:
         """Make what the old layer has now durable: ``switch`` has to wait for the rest only."""
-        self._contents.nodes.sync()
+        self._contents.sync_open()
         self._old.sync()
 
     def switch(self) -> Sealed:

@@ -218,7 +218,7 @@ class Tree:
     def paths_in_use(self) -> list[bytes]:
         """Return the paths of the files that the kernel has open; without those without a name.
 
-        After a takeover nobody has counted that, so these are all that it has ever looked up.
+        After a takeover nobody has counted that: it is all that was ever looked up or listed.
         """
         inodes = self._namespace.inodes
         found = [inodes[ino] for ino in self.nodes.opened() if ino in inodes]

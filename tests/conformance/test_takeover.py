@@ -210,6 +210,8 @@ class _Kernel:
             assert self.stop() == 77
             self.n_deaths += 1
             self.start()
+            if op == "forget":
+                return None
             request["number"] |= RESENT
             # And again, if it dies once more before it has answered.
             request["die"] = self.random.choice((0, 0, 1, 2, 3))
@@ -356,7 +358,7 @@ def _change(kernel: _Kernel, step: int) -> None:
         if gone:
             ino = pick.choice(gone)
             # A FORGET that is read and not carried out never comes again.
-            kernel.ask("forget", ino, kernel.lookups.pop(ino))
+            kernel.ask("forget", ino, kernel.lookups.pop(ino), die=die)
             kernel.contents.pop(ino, None)
     elif op == "seal" and pick.random() < 0.3:
         kernel.ask("seal", die=pick.choice((0, die, 3 * die)))

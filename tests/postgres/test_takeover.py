@@ -236,8 +236,13 @@ def test_removed_files_give_their_space_back(mounts: Mounts, basebackup: Path) -
     assert not before & set((mount.diff / "objects").glob("*/*"))
 
 
-def test_dead_keeper_is_a_dead_mount(mounts: Mounts, basebackup: Path) -> None:
+@pytest.mark.parametrize("is_taken_over", [False, True])
+def test_dead_keeper_is_a_dead_mount(
+    mounts: Mounts, basebackup: Path, *, is_taken_over: bool
+) -> None:
     mount = mounts.mount("--base", basebackup, "--supervised")
+    if is_taken_over:
+        kill_worker(mount)
     worker = psutil.Process(worker_of(mount))
     keeper = worker.parent()
     assert keeper is not None

@@ -355,15 +355,6 @@ def test_another_worker_takes_over_while_a_replacement_gets_ready(tmp_path: Path
         assert end_of(keeper) == 0
 
 
-def test_worker_dies_with_its_keeper(tmp_path: Path) -> None:
-    with kept(tmp_path, heir(tmp_path), kill_self) as keeper:
-        said = hear(tmp_path)
-        os.kill(keeper, signal.SIGKILL)
-        assert end_of(keeper) == -signal.SIGKILL
-        # This one does not ask for the signal; a real one does, see ``keeping.end_with``.
-        os.kill(int(str(said["pid"])), signal.SIGKILL)
-
-
 def test_file_systems_that_tell_of_write_errors(tmp_path: Path) -> None:
     """Of others a new worker would learn nothing; of overlayfs above all."""
     for path, answer in ((tmp_path, True), (Path("/dev/shm"), True), (Path("/proc"), False)):

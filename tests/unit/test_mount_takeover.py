@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from pbkfs._native import Dispatcher
-from pbkfs.errors import PbkfsError
-from pbkfs.mount import sealing, takeover
+from pbkfs.errors import NotRunningError, PbkfsError
+from pbkfs.mount import sealing, takeover, upgrading
 from pbkfs.overlay import ledger as ledgers
 from pbkfs.overlay.ledger import Ledger, read_ledger
 from pbkfs.overlay.sealing import BrokenSealError
@@ -167,3 +167,29 @@ def test_ledger_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     size = os.fstat(ledger.fd).st_size
     assert len(read_ledger(ledger.fd).names[1]) == 98
     assert os.fstat(ledger.fd).st_size == size
+
+
+def test_upgrade_outlives_the_worker_that_was_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had taken the call when it was killed; the next one is served by the new one."""
+    versions = {"version": "1", "init": ""}
+    answers: list[Any] = [
+        versions | {"pid": 1},
+        {"pid": 1},
+        versions | {"pid": 1},
+        NotRunningError("no worker serves diff /diff"),
+        versions | {"pid": 2},
+    ]
+
+    def call(*_: object, **__: object) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    target = SimpleNamespace(diff=Path("/diff"), mountpoint=None, has_worker=lambda: bool(answers))
+    monkeypatch.setattr(upgrading.control, "call", call)
+    monkeypatch.setattr(upgrading, "find_target", lambda *_: target)
+    assert upgrading.upgrade(None, target.diff).pid == 2
+    answers[:] = [versions | {"pid": 1}, {"pid": 1}, NotRunningError("no worker serves diff /diff")]
+    with pytest.raises(NotRunningError):
+        upgrading.upgrade(None, target.diff)
