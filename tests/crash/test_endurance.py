@@ -108,6 +108,7 @@ _LOOPS = [
 
 _EXPECTED_IN_LOG = [
     "canceling autovacuum task",  # in the way of VACUUM FULL
+    "terminating autovacuum process due to administrator command",  # at the server's stop
     "the database system is (starting up|not yet accepting connections)",
     # Somebody else took the port; pbkfs takes another one then.
     "could not create (listen socket for|any TCP/IP sockets)",
