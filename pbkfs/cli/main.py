@@ -32,12 +32,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "detach": ("pbkfs.cli.detach", "End a mount as a plain PGDATA that needs pbkfs no more."),
     "flatten": ("pbkfs.cli.flatten", "Fold the sealed layers below a diff into one."),
     "cleanup": ("pbkfs.cli.cleanup", "Delete a diff, and with it all changes made on its mount."),
-    "check": ("pbkfs.cli.check", "Check a diff that is not mounted; changes nothing."),
+    "check": ("pbkfs.cli.check", "Check a diff that is not mounted, and repair what a crash left."),
     "backups": ("pbkfs.cli.backups", "List a store's backups and whether they can be mounted."),
     "start": ("pbkfs.cli.start", "Start PostgreSQL on a mount, with safe settings."),
     "stop": ("pbkfs.cli.stop", "Stop the PostgreSQL of a mount."),
     "status": ("pbkfs.cli.status", "Show the PostgreSQL of a mount, or all trunks and branches."),
-    "drill": ("pbkfs.cli.drill", "Hold a restore drill: try a backup out, report, clean up."),
+    "drill": ("pbkfs.cli.drill", "Run a restore drill: try a backup out, report, clean up."),
     "trunk": ("pbkfs.cli.trunk", "Trunks: what branches are made of, without a copy."),
     "branch": ("pbkfs.cli.branch", "Branches: a server of its own in about a second."),
     "server": ("pbkfs.cli.server", "The daemon: trunks and branches over REST."),
@@ -63,6 +63,7 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(entry[0]).command
         assert isinstance(command, click.Command)
+        _name_in_environment(command, f"{ENV_PREFIX}_{_as_variable(entry[0].rpartition('.')[2])}")
         return command
 
     def resolve_command(
@@ -86,16 +87,34 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, entry[1]) for name, entry in COMMANDS.items()])
 
 
+def _as_variable(name: str) -> str:
+    return name.upper().replace("-", "_")
+
+
+def _name_in_environment(command: click.Command, prefix: str) -> None:
+    """Let each option be set as PREFIX_LONG_NAME, too; click itself takes a parameter's name."""
+    for option in command.params:
+        if isinstance(option, click.Option):
+            given = option.envvar or []
+            names = [given] if isinstance(given, str) else list(given)
+            names += [
+                f"{prefix}_{_as_variable(name[2:])}" for name in option.opts if name[:2] == "--"
+            ]
+            option.envvar = list(dict.fromkeys(names))
+    if isinstance(command, click.Group):
+        for name, each in command.commands.items():
+            _name_in_environment(each, f"{prefix}_{_as_variable(name)}")
+
+
 @click.command(
     cls=LazyGroup,
     invoke_without_command=True,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "auto_envvar_prefix": ENV_PREFIX,
         "max_content_width": 100,
     },
-    epilog="pbkfs COMMAND --help shows a command's options; each of them can also be set as "
-    "PBKFS_COMMAND_OPTION in the environment.",
+    epilog="pbkfs COMMAND --help shows a command's options; each long one can also be set in the "
+    "environment: --port of 'trunk create' as PBKFS_TRUNK_CREATE_PORT.",
 )
 @click.version_option(pbkfs.__version__, "-V", "--version", message="pbkfs %(version)s")
 @click.pass_context

@@ -17,6 +17,11 @@ _WITH_VALUE = {
     "-o": "PBKFS_OUTPUT",
     "--output": "PBKFS_OUTPUT",
 }
+_ABOUT = """\
+pgbranch COMMAND is 'pbkfs branch COMMAND', but for pgbranch trunk, status, completion and
+server, which are pbkfs's own. -o, -v, --api-url and --api-token may stand anywhere.
+
+"""
 _SWITCHES = {"-v": "PBKFS_VERBOSE", "--verbose": "PBKFS_VERBOSE", "--no-color": "NO_COLOR"}
 # The older command line is one of Go's, where only --wait=false switches off what is on. Source:
 # strconv.ParseBool.
@@ -54,4 +59,7 @@ def main() -> NoReturn:
 
     arguments, env = translate(sys.argv[1:])
     os.environ.update(env)
+    if arguments in ([], ["-h"], ["--help"]):
+        sys.stdout.write(_ABOUT)
+        arguments = ["branch", "--help"]
     run(arguments)

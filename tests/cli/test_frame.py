@@ -205,3 +205,50 @@ def test_environment_stands_for_options(place: Path) -> None:
     assert done.returncode == 3
     done = run_pbkfs("mount", check=False, PBKFS_MOUNT_NO_WAL="1")
     assert "--no-wal is not supported" in done.stderr
+
+
+def options_of(command: click.Command, name: str) -> list[tuple[str, click.Option]]:
+    """Return all options of a command and of those below it, each with the command's name."""
+    found = [(name, each) for each in command.params if isinstance(each, click.Option)]
+    if isinstance(command, click.Group):
+        for below, each in command.commands.items():
+            found += options_of(each, f"{name}_{below}")
+    return found
+
+
+@pytest.mark.parametrize("verb", frame.COMMANDS)
+def test_every_long_option_has_its_name_in_the_environment(verb: str) -> None:
+    command = frame.group.get_command(click.Context(frame.group), verb)
+    assert command is not None
+    for name, option in options_of(command, f"pbkfs_{verb}"):
+        for long in (each for each in option.opts if each.startswith("--")):
+            variable = f"{name}_{long[2:]}".replace("-", "_").upper()
+            assert option.envvar is not None
+            assert variable in option.envvar
+
+
+def test_option_is_taken_from_the_environment(tmp_path: Path) -> None:
+    done = run_pbkfs("check", check=False, PBKFS_CHECK_DIFF_DIR=str(tmp_path / "gone"))
+    assert str(tmp_path / "gone") in done.stderr
+    done = run_pbkfs(
+        "mount",
+        check=False,
+        PBKFS_MOUNT_EMPTY="1",
+        PBKFS_MOUNT_PGDATA=str(tmp_path / "nowhere"),
+        PBKFS_DIFF_DIR=str(tmp_path / "diff"),
+        PBKFS_MOUNT_TIMEOUT="soon",
+    )
+    assert done.returncode == 2
+    assert "'soon'" in done.stderr
+
+
+def test_older_command_line_has_a_help_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from pbkfs.cli.pgbranch import main; main()", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("pgbranch COMMAND is 'pbkfs branch COMMAND'")
+    assert "  destroy " in done.stdout
+    assert "  unmount " not in done.stdout
