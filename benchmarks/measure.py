@@ -116,7 +116,7 @@ def machine() -> dict[str, Any]:
     )
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_mib": int(memory) // 1024,

@@ -1,4 +1,4 @@
-"""Defaults and places that are not part of a diff; all environment variables are ``PBKFS_*``.
+"""Defaults and places that are not part of a diff, from the environment (``PBKFS_*``).
 
 The command line reads its options' own variables (``PBKFS_BACKUP_PATH`` for ``--backup-path``, and
 so on) itself; what stands here is used below it.

@@ -1,6 +1,6 @@
 """Durable changes to the file system: atomic replace, fsync of files and directories.
 
-Owns every fsync and rename that Python does on a diff. Each call carries a label such as
+Owns every fsync that Python does on a diff, and most renames. Each call carries a label such as
 ``"superblock:replace"``; ``on_step`` is called with the label before each half-step, so that a test
 can list the labels and kill the process at any of them. May be called from any thread.
 """

@@ -8,7 +8,8 @@
  *   dispatcher_pump.c     the pump and the notifier
  *   dispatcher_pending.c  what pyfuse3 owes an answer to
  *
- * Every lock here is a leaf: nothing is locked, written or called on a node while one is held.
+ * Every lock here but life is a leaf: nothing is locked, written or called on a node while one is held. life is taken by start and
+ * stop only, and by no thread of the dispatcher.
  */
 #ifndef PBK_DISPATCHER_INTERNAL_H
 #define PBK_DISPATCHER_INTERNAL_H

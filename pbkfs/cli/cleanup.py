@@ -16,7 +16,8 @@ from pbkfs.errors import UsageError
 @click.option(
     "--force",
     is_flag=True,
-    help="Also delete a diff that another host did not give back, or one that is damaged.",
+    help="Also delete a diff that another host did not give back, one that is damaged, or one "
+    "that holds a sealed layer, which other diffs may lie upon.",
 )
 @debug_option
 def command(*, diff: Path | None, force: bool, debug: bool) -> None:  # noqa: ARG001 - read by main

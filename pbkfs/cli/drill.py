@@ -145,7 +145,7 @@ def command(
     output: str,
     debug: bool,  # noqa: ARG001 - read by main
 ) -> int:
-    """Hold a restore drill: mount a backup, start it, check it, report, throw all of it away.
+    """Run a restore drill: mount a backup, start it, check it, report, throw all of it away.
 
     \b
     pbkfs drill -B /backups -I main --latest --sql 'orders: select count(*) > 0 from orders'

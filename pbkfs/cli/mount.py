@@ -76,10 +76,10 @@ def parse_on_full(text: str) -> int:
 @click.option(
     "--force",
     is_flag=True,
-    help="Mount a chain whose status is not OK, or take a diff "
-    "that another host did not give back.",
+    help="Mount a chain whose status is not OK, take a diff that another host did not give back, "
+    "or accept the diff's own base at another path.",
 )
-@click.option("--wait", is_flag=True, help="Wait for the first answer through the kernel, too.")
+@click.option("--wait", is_flag=True, help="Return once this command itself has had an answer.")
 @click.option(
     "--timeout",
     "timeout_s",
@@ -125,7 +125,8 @@ def parse_on_full(text: str) -> int:
     type=PATH,
     envvar="PBKFS_PID_FILE",
     metavar="FILE",
-    help="Write the worker's pid there while it lives.",
+    help="Write the pid of the mount's owner there while it lives: of its worker, or of the keeper "
+    "of a supervised one.",
 )
 @click.option(
     "--hydrate",
@@ -163,8 +164,8 @@ def parse_on_full(text: str) -> int:
     is_flag=True,
     envvar="PBKFS_SUPERVISED",
     help="Have another worker take over when one dies, or by 'pbkfs upgrade': who uses the mount "
-    "only waits. Needs Linux 6.9, and a diff that is not on an overlayfs, as a container's own "
-    "files are.",
+    "only waits. Needs Linux 6.9, and a diff on ext4, XFS, Btrfs, F2FS or tmpfs (not on an "
+    "overlayfs, as a container's own files are). Not with --console.",
 )
 @click.option("--perf-unsafe", is_flag=True, hidden=True)
 @click.option("--no-wal", is_flag=True, hidden=True)

@@ -15,7 +15,11 @@ from pbkfs.errors import UsageError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # As postgres.recovery.ACTIONS, which a mere --help need not import.
-_ACTIONS = ("promote", "pause", "shutdown")
+_ACTIONS = {
+    "promote": "promote to a writable server on a new timeline",
+    "pause": "pause as a read-only one",
+    "shutdown": "shut down",
+}
 
 
 def settings_options(function: Function) -> Function:
@@ -78,9 +82,10 @@ def recovery_options(*actions: str) -> Callable[[Callable[..., Any]], Callable[.
         ),
         click.option(
             "--recovery-target-action",
-            type=click.Choice(actions or _ACTIONS),
-            help="At the target: promote to a writable server on a new timeline, pause as a "
-            "read-only one, or shut down.  [default: promote]",
+            type=click.Choice(actions or tuple(_ACTIONS)),
+            help="At the target: "
+            + ", or ".join(_ACTIONS[action] for action in actions or _ACTIONS)
+            + ".  [default: promote]",
         ),
         click.option(
             "--recovery-target-timeline",

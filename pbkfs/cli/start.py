@@ -87,8 +87,9 @@ def command(
     """Start PostgreSQL on a mount or any other copy of a PGDATA.
 
     The server never archives, never connects to the original or its neighbours, and listens on its
-    own port. It runs as the owner of PGDATA. All of that is said on its command line; nothing is
-    written into its configuration. Prints how to connect.
+    own port. It runs as the owner of PGDATA. All of that is said on its command line. In PGDATA's
+    own configuration only files that are missing are added, and lines that this host can't use
+    become comments, which is said. Prints how to connect.
 
     A backup starts as of its end. With a recovery target it is recovered further, from the
     archive of its store.

@@ -2,7 +2,8 @@
 
 Owned by the worker. ``mount`` comes after the last fork; ``serve`` is a trio task, and starts the
 native threads. All methods belong to the trio thread but for ``unmount``, ``invalidate``,
-``counters`` and ``reset_counters``, which any thread may call.
+``counters`` and ``reset_counters``, which any thread may call, and ``write_back`` and ``is_known``,
+which wait for the mount itself and are for another thread.
 """
 
 from __future__ import annotations

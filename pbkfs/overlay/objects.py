@@ -180,7 +180,7 @@ class ObjectStore:
         """Unlink an object; one that is gone is fine.
 
         The record that took its last name away is durable, or that of its making is not, so that
-        it was never fsynced: see "Objects" in ARCHITECTURE.md.
+        it was never fsynced: see the rules of "journal" in ARCHITECTURE.md.
         """
         durable.on_step("reap:object:unlink")
         self._unlink(object_path(object_id))

@@ -2,7 +2,8 @@
 
 A branch must never archive over production, dial home, wait for production's standbys, run the
 original's jobs, or open a file of the original that lies outside of PGDATA. All of it is given on
-the command line, which beats every configuration file and ALTER SYSTEM, and nothing is persisted.
+the command line, which beats every configuration file and ALTER SYSTEM. Files of the configuration
+that are missing, and lines of it that this host can't use, are part of the plan too (``files``).
 Pure: reads PGDATA's surroundings, changes nothing. Any thread.
 """
 

@@ -2,8 +2,8 @@
  * Files that are open only while they are used, and a bounded number of them for a while longer.
  *
  * A pbk_file knows where it lies and is opened at its first use. The set closes the least recently used descriptor that
- * nobody holds when it has more than its bound. Any thread; the set's lock is a leaf, and no system call that can wait for a
- * disk is made under it.
+ * nobody holds when it has more than its bound. Any thread; the set's lock is a leaf, and no system call
+ * that can wait for a disk is made under it, but the open of a file whose mode does not let its owner open it.
  */
 #ifndef PBK_FILE_H
 #define PBK_FILE_H

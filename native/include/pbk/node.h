@@ -8,7 +8,7 @@
  * Callers: the dispatcher's threads and the binding (without the GIL). Every function here may be called from any thread at
  * any time, as long as the caller holds a reference to the node (pbk_nodes_get) and no two threads share a pbk_ctx.
  *
- * Lock order: node table -> gate -> node -> page stripe -> journal. None is held when a function returns.
+ * Lock order: node table -> gate -> node -> page stripe -> object's sync lock -> journal. None is held when a function returns.
  */
 #ifndef PBK_NODE_H
 #define PBK_NODE_H
