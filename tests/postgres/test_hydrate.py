@@ -46,14 +46,14 @@ def test_hydrated_under_load_and_detached(mount: Mount, all_programs: Any) -> No
     major = int(manifests()[CATALOG]["pg_major"])
     programs: Programs = all_programs(major)
     server = MountedServer(mount, postgres_bindir(major))
-    mount.mount("--hydrate=3MB")
+    mount.mount("--hydrate=1MB")
     server.start()
     server.run("pgbench", "-i", "-q", "-s", "2")
     pgbench = server.begin("pgbench", "-T", WORK_SECONDS, "-c", "4", "-j", "2")
     wait_until(lambda: hydration(mount)["bytes_done"] > 2 << 20)
     found = hydration(mount)
     assert found["state"] == "running"
-    assert found["rate_limit"] == 3 << 20
+    assert found["rate_limit"] == 1 << 20
     assert 0 < found["files_done"] < found["files_total"]
     assert "hydration:" in run_pbkfs("stat", "-D", mount.pgdata).stdout
     assert pgbench.wait(60) == 0, mount.server_log.read_text()[-3000:]
