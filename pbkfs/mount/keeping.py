@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbkfs.aside import PROGRAM
+from pbkfs.aside import PROGRAM, errno_of
 from pbkfs.errors import HostError
 from pbkfs.mount import privileges
 from pbkfs.overlay.layer import Layer
@@ -76,8 +76,7 @@ def check_layer(layer: Layer) -> None:
 def tells_errors(fd: int) -> bool:
     """Return whether the file system of ``fd`` tells whoever takes over of its write errors."""
     found = ctypes.create_string_buffer(_STATFS_BYTES)
-    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, found) != 0:
-        number = ctypes.get_errno()
+    if number := errno_of("fstatfs", fd, found):
         raise OSError(number, os.strerror(number))
     # Source: statfs(2): f_type comes first, a long.
     return int(struct.unpack_from("@l", found)[0]) in _TELLING

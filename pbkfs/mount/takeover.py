@@ -9,7 +9,6 @@ to send again, it changes the disk as a mount does, so each step may die and be 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import importlib
 import os
@@ -29,6 +28,7 @@ from pbkfs.mount.lock import DiffLock
 from pbkfs.mount.opening import OpenMount
 from pbkfs.mount.request import LogOptions, MountPlace, MountRequest, reason
 from pbkfs.overlay.diff import Diff, open_layers
+from pbkfs.overlay.layer import sync_file_system
 from pbkfs.overlay.ledger import Ledger, Numbers, read_ledger
 from pbkfs.overlay.revival import decide
 from pbkfs.overlay.tree import Tree
@@ -188,21 +188,14 @@ def check_file_systems(ledger: Ledger, objects_fds: Sequence[int]) -> None:
         with contextlib.suppress(OSError):
             young = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                _syncfs(young)
+                sync_file_system(young)
             finally:
                 os.close(young)
     with ledger.unusable():
         for fd in objects_fds:
             try:
-                _syncfs(fd)
+                sync_file_system(fd)
             except OSError as error:
                 raise RefusedError(
                     f"what was written to the diff may not be there: {reason(error)}"
                 ) from error
-
-
-def _syncfs(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(fd) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

@@ -57,11 +57,11 @@ def upgrade(mountpoint: Path | None, diff: Path | None) -> Upgraded:
             # The old worker had taken the call when it was killed; the keeper is on record.
             if not target.has_worker():
                 raise
-        else:
-            if now["pid"] != before["pid"]:
-                return Upgraded(
-                    target.mountpoint, target.diff, before["version"], now["version"], now["pid"]
-                )
+            now = before
+        if now["pid"] != before["pid"]:
+            return Upgraded(
+                target.mountpoint, target.diff, before["version"], now["version"], now["pid"]
+            )
         time.sleep(_POLL_S)
     raise HostError(
         f"the new program did not take over the mount of {target.diff}; the old one goes on",

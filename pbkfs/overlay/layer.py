@@ -38,7 +38,15 @@ COMPACTION_BYTES = 64 << 10
 _NO_BOOT = bytes(16)
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
 _log = logging.getLogger(__name__)
+
+
+def sync_file_system(fd: int) -> None:
+    """Call syncfs(2). Raises OSError; of a write error since ``fd`` was opened too, once."""
+    if _libc.syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 class PageMap(NamedTuple):
@@ -387,9 +395,7 @@ class Layer:
     def sync_file_system(self) -> None:
         """Make all of the file system that the diff is on durable. Raises OSError."""
         durable.on_step("close:syncfs")
-        if _libc.syncfs(self.objects.fd) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        sync_file_system(self.objects.fd)
 
     def retire(self) -> None:
         """Close the descriptors of a sealed layer that no stack has any more.

@@ -27,7 +27,7 @@ def check_in_child(ledger: Ledger, place: Path, syncfs: Callable[[int], None]) -
     if pid == 0:
         code = 99
         try:
-            takeover._syncfs = syncfs
+            takeover.sync_file_system = syncfs
             takeover.check_file_systems(ledger, [fd])
             code = 0
         except takeover.RefusedError:
