@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable
 
 
@@ -42,13 +43,16 @@ def replace_file(
 
     Durable when it returns: write to a temporary name, fsync, rename, fsync of the directory.
     The temporary file is removed when a step fails. Raises OSError.
+
+    Nobody can guess its name, so in a directory where others may write, none of them can have put
+    a file or a link there that we would write to.
     """
     path = os.fspath(path)
     directory, name = os.path.split(path)
     directory = directory or "."
-    tmp = os.path.join(directory, f".{name}.{os.getpid()}.tmp")
+    tmp = os.path.join(directory, f".{name}.{secrets.token_hex(8)}.tmp")
     on_step(f"{label}:create")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         try:
             view = memoryview(data)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pbkfs import durable
 from pbkfs.errors import BusyError, DiffError, HostError
 from pbkfs.mount.owner import Owner, parse_owner
 
@@ -42,9 +43,10 @@ class DiffLock:
         """Record the owner; durable, because another host may read it after our power cut."""
         data = owner.to_json()
         # In place, as a full disk may not give a block back that was let go of.
+        durable.on_step("lock:write")
         os.pwrite(self._fd, data, 0)
         os.ftruncate(self._fd, len(data))
-        os.fsync(self._fd)
+        durable.fsync_fd(self._fd, label="lock")
 
     def restore(self) -> None:
         """Put back what was recorded before, after a mount that failed."""
@@ -55,8 +57,9 @@ class DiffLock:
 
     def clear(self) -> None:
         """Say that the owner ended well."""
+        durable.on_step("lock:clear")
         os.ftruncate(self._fd, 0)
-        os.fsync(self._fd)
+        durable.fsync_fd(self._fd, label="lock")
 
     def close(self) -> None:
         """Give this process's copy back; the lock ends with the last copy."""

@@ -30,7 +30,7 @@ from pbkfs.overlay.tree import Tree
 logger = logging.getLogger(__name__)
 
 # Source: durable.replace_file(); these are the files of a diff that it replaces.
-_TEMPORARY = re.compile(r"\.(?:(?:superblock|binding|detach)\.json|journal)\.[0-9]+\.tmp")
+_TEMPORARY = re.compile(r"\.(?:(?:superblock|binding|detach)\.json|journal)\.[0-9a-f]+\.tmp")
 _HALF_COPIED_WAL = "pg_wal.new"
 
 

@@ -77,7 +77,7 @@ def leave_behind(at: Place, base: Path) -> None:
     (at.diff / "objects/ff/ff").write_bytes(b"orphan")
     (at.diff / "pg_wal.new").mkdir()
     (at.diff / "pg_wal.new" / "000000010000000000000001").write_bytes(b"half")
-    (at.diff / ".superblock.json.123.tmp").write_bytes(b"half")
+    (at.diff / ".superblock.json.0d6ab5e3f2c41987.tmp").write_bytes(b"half")
     (at.diff / ".mine.tmp").write_bytes(b"somebody's")
     (at.diff / "notes.txt").write_bytes(b"somebody's")
 
