@@ -125,6 +125,18 @@ static PyObject *binding_pglz_decompress(PyObject *Py_UNUSED(module), PyObject *
     return out;
 }
 
+static PyObject *binding_open_beneath(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int root_fd;
+    const char *path;
+    if (!PyArg_ParseTuple(args, "iO&:open_beneath", &root_fd, pbk_binding_path, &path))
+        return NULL;
+    int fd = pbk_open_beneath(root_fd, path, O_RDONLY);
+    if (fd < 0)
+        return pbk_binding_fail(fd, NULL);
+    return PyLong_FromLong(fd);
+}
+
 static PyObject *binding_scan_pages(PyObject *Py_UNUSED(module), PyObject *args)
 {
     int root_fd;
@@ -255,6 +267,8 @@ static PyObject *binding_step(PyObject *Py_UNUSED(module), PyObject *args)
 static PyMethodDef functions[] = {
     {"crc32c", binding_crc32c, METH_VARARGS, "CRC-32C of data, continuing from crc."},
     {"pglz_decompress", binding_pglz_decompress, METH_VARARGS, "Exactly raw_size bytes; ValueError if damaged."},
+    {"open_beneath", binding_open_beneath, METH_VARARGS,
+     "Open a file for reading; no component of its path may be a symbolic link. OSError."},
     {"scan_pages", binding_scan_pages, METH_VARARGS,
      "Walk the records of a stored data file: (pages, highest block + 1, truncation marker or None)."},
     {"scan_journal", binding_scan_journal, METH_VARARGS,

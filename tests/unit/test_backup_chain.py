@@ -250,6 +250,25 @@ def test_control_files_are_not_followed_or_hung_upon(store: Store, tmp_path: Pat
         open_base(store, full)
 
 
+def test_backup_that_is_a_link_is_told_and_refused(store: Store, tmp_path: Path) -> None:
+    full = store.add()
+    (store.path / full).rename(tmp_path / "elsewhere")
+    (store.path / full).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PbkfsError, match="is a symbolic link"):
+        open_base(store, full)
+    [row] = list_backups(store.root, "main")
+    assert (row.is_mountable, row.status) == (False, "UNKNOWN")
+
+
+def test_directories_above_backups_may_be_links(store: Store, tmp_path: Path) -> None:
+    """Who owns the store may have it on several disks."""
+    full = store.add()
+    for path in (store.path, store.path.parent):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    open_base(store, full).close()
+
+
 def test_listing(store: Store) -> None:
     full = store.add()
     last = store.add(mode="DELTA", parent=full)

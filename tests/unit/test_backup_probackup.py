@@ -493,7 +493,7 @@ def test_compressed_tablespaces_are_refused_by_name(store: Store, entry: bytes) 
         assert "pg_tblspc/1/PG_15_1/" in error.message
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "flipped", "link"])
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped", "link", "directory"])
 def test_pg_control_has_to_be_right(store: Store, damage: str, tmp_path: Path) -> None:
     backup_id = store.add()
     path = store.path / backup_id / "database" / "global" / "pg_control"
@@ -506,6 +506,11 @@ def test_pg_control_has_to_be_right(store: Store, damage: str, tmp_path: Path) -
     elif damage == "link":
         (tmp_path / "pg_control").write_bytes(data)
         path.symlink_to(tmp_path / "pg_control")
+    elif damage == "directory":
+        path.write_bytes(data)
+        database = store.path / backup_id / "database"
+        database.rename(tmp_path / "database")
+        database.symlink_to(tmp_path / "database")
     error = refusal(store, backup_id)
     assert isinstance(error, FormatError)
     assert "global/pg_control" in error.message

@@ -106,14 +106,12 @@ class ProbackupBase(Base):
             self.notes.append(f"The metadata is damaged: {damage.message}.")
 
     def _read_control_file(self, crc32c: Callable[[bytes], int]) -> ControlFile:
+        from pbkfs._native import open_beneath
+
         layer = self._layers[0]
         origin = f"{PG_CONTROL.decode()} of backup {layer.name}"
         try:
-            fd = os.open(
-                DATABASE + PG_CONTROL,
-                os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                dir_fd=layer.root_fd,
-            )
+            fd = open_beneath(layer.root_fd, DATABASE + PG_CONTROL)
         except OSError as error:
             raise FormatError(
                 f"cannot open {origin}: {error.strerror}", hint=_DAMAGED_HINT

@@ -145,6 +145,11 @@ class Instance:
         origin = path / CONTROL_FILE
         problem: PbkfsError
         try:
+            if path.is_symlink():
+                raise FormatError(
+                    f"{path} is a symbolic link",
+                    hint="What a backup holds must lie in the store; move it there.",
+                )
             data, status = read_small_file(origin)
             if data.strip():
                 control = parse_control(data, str(origin))
