@@ -1,9 +1,9 @@
 """System calls that wait for the mount itself.
 
 A thread of a worker that waits for an answer of its own mount can't be ended, not even by SIGKILL:
-a worker that dies then would never be gone, and nobody could take over what the thread waits for.
-So where somebody is to take over (``is_aside``), a process of its own makes these calls. Any thread
-but the one that serves names.
+a worker that dies then would never be gone, its connection would stay open, and all who use the
+mount would wait for ever. So a process of its own makes these calls. Any thread but the one that
+serves names.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ logger = logging.getLogger(__name__)
 PROGRAM = str(Path(__file__).with_name("pbkfs-keeper"))
 
 
-def write_back(mountpoint: Path, paths: Sequence[bytes], *, is_aside: bool) -> None:
+def write_back(mountpoint: Path, paths: Sequence[bytes]) -> None:
     """Have the kernel write back what it holds of these files of the mount, and make it durable.
 
     With the files that are open (``Tree.paths_in_use``) that is all it holds: a file is written
     back when it is closed. syncfs(2) of a FUSE mount only begins that, and waits for nothing
     (fs/fuse: SB_I_NO_DATA_INTEGRITY). Raises the first OSError, after trying all.
     """
-    if is_aside:
-        number = _call("sync", os.fspath(mountpoint), said=b"".join(path + b"\0" for path in paths))
-        if number is not None:
-            if number:
-                raise OSError(number, os.strerror(number))
-            return
+    number = _call("sync", os.fspath(mountpoint), said=b"".join(path + b"\0" for path in paths))
+    if number is not None:
+        if number:
+            raise OSError(number, os.strerror(number))
+        return
     first: OSError | None = None
     root = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -59,9 +58,9 @@ def _sync_file(root: int, path: bytes) -> None:
         os.close(fd)
 
 
-def unmount(mountpoint: Path, flags: int, *, is_aside: bool) -> int:
+def unmount(mountpoint: Path, flags: int) -> int:
     """Call umount2(2); returns 0 or the errno."""
-    number = _call("umount", os.fspath(mountpoint), str(flags)) if is_aside else None
+    number = _call("umount", os.fspath(mountpoint), str(flags))
     if number is None:
         number = errno_of("umount2", os.fsencode(mountpoint), ctypes.c_int(flags))
     return number

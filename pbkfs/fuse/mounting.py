@@ -49,21 +49,21 @@ def open_and_mount(mountpoint: Path, *, fsname: str, subtype: str, allow_other: 
     return _mount_by_helper(mountpoint, fsname, subtype, allow_other)
 
 
-def unmount(mountpoint: Path, *, is_aside: bool = False) -> None:
-    """Unmount; the kernel writes its dirty pages back first. ``is_aside``: see ``pbkfs.aside``.
+def unmount(mountpoint: Path) -> None:
+    """Unmount; the kernel writes its dirty pages back first.
 
     Raises BusyError while files or working directories are open, NotRunningError if nothing is
     mounted there, HostError.
     """
-    _unmount(mountpoint, is_lazy=False, is_aside=is_aside)
+    _unmount(mountpoint, is_lazy=False)
 
 
-def detach(mountpoint: Path, *, is_aside: bool = False) -> None:
+def detach(mountpoint: Path) -> None:
     """Take the mount away from its place at once; who still has it open keeps it.
 
     Works on a dead endpoint. Raises as ``unmount``, but for BusyError.
     """
-    _unmount(mountpoint, is_lazy=True, is_aside=is_aside)
+    _unmount(mountpoint, is_lazy=True)
 
 
 def abort(mountpoint: Path) -> None:
@@ -195,10 +195,10 @@ def _without_prefix(said: str) -> str:
 # --- unmount --------------------------------------------------------------------------------------
 
 
-def _unmount(mountpoint: Path, *, is_lazy: bool, is_aside: bool) -> None:
+def _unmount(mountpoint: Path, *, is_lazy: bool) -> None:
     if os.geteuid() == 0:
         flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if is_lazy else 0)
-        number = aside.unmount(mountpoint, flags, is_aside=is_aside)
+        number = aside.unmount(mountpoint, flags)
         if number:
             _raise_unmount(mountpoint, number, os.strerror(number).lower())
         return

@@ -266,13 +266,13 @@ class Session:
         NotRunningError, HostError.
         """
         if lazy:
-            mounting.detach(self._mountpoint, is_aside=self._is_supervised)
+            mounting.detach(self._mountpoint)
         else:
-            mounting.unmount(self._mountpoint, is_aside=self._is_supervised)
+            mounting.unmount(self._mountpoint)
 
     def write_back(self, paths: Sequence[bytes]) -> None:
         """Have the kernel write back these files: ``pbkfs.aside``. In another thread. OSError."""
-        aside.write_back(self._mountpoint, paths, is_aside=self._is_supervised)
+        aside.write_back(self._mountpoint, paths)
 
     def invalidate(self, ino: int, offset: int = 0, length: int = 0) -> None:
         """Have the kernel drop what it cached of a file; dirty pages are written back before.

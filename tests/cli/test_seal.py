@@ -11,17 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from fix_mounts import run_pbkfs
 from fix_place import Place
 from fix_postgres import wait_until
 from machine import TESTS
 
-from pbkfs.errors import BusyError, DiffError, NotRunningError
-from pbkfs.mount import control
+from pbkfs.errors import BusyError, DiffError, NotRunningError, PbkfsError
+from pbkfs.mount import control, lock
 from pbkfs.mount.owner import command_name
 from pbkfs.mount.sealing import Child, SealReport, seal
 from pbkfs.mount.standstill import Standstill, find_processes
@@ -283,7 +284,7 @@ def test_worker_dies_in_a_seal(at: Place, base: Path, label: str, is_switched: b
     n = "2" if label.startswith("layer:") else "1"  # the diff was made so, too
     owner = f"{os.geteuid()}:{os.getegid()}"
     words = ["mount", "--base", base, "-D", at.mnt, "-d", at.diff, "--owner", owner]
-    command = [sys.executable, TESTS / "labelled.py", at.root / "steps", label, n, *words]
+    command = [sys.executable, TESTS / "labelled.py", at.root / "steps", label, n, "exit", *words]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     for path in (at.mnt / "base/1/1259", at.mnt / "new"):
         with path.open("wb") as file:
@@ -302,6 +303,34 @@ def test_worker_dies_in_a_seal(at: Place, base: Path, label: str, is_switched: b
     assert contents(at.mnt) == before
     with mounted(at, at.root / "child2", base) as mnt:
         assert contents(mnt) == before
+
+
+def test_worker_dies_while_the_kernel_writes_back_for_a_seal(at: Place, base: Path) -> None:
+    """Were it the worker who waits for that, it could not end, and the mount would hang."""
+    owner = f"{os.geteuid()}:{os.getegid()}"
+    words = ["mount", "--base", base, "-D", at.mnt, "-d", at.diff, "--owner", owner]
+    command = [
+        sys.executable, TESTS / "labelled.py", at.root / "steps", "object:fsync", "1", "kill", *words
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    owner_on_record = lock.read_owner(at.diff)
+    assert owner_on_record is not None
+    worker = psutil.Process(owner_on_record.pid)
+    before = (at.mnt / "base/1/1259").read_bytes()
+    fd = os.open(at.mnt / "base/1/1259", os.O_RDWR)
+    os.pwrite(fd, b"changed" * 3000, 0)
+    with suppress(PbkfsError):  # the diff of a dead worker can be sealed, too
+        seal_at(at, 1)
+    _, alive = psutil.wait_procs([worker], timeout=20)
+    if alive:
+        run_pbkfs("unmount", "-D", at.mnt, "--force", check=False)  # frees who waits
+    with suppress(OSError):
+        os.close(fd)
+    assert not alive
+    assert "object:fsync" in (at.root / "steps").read_text().splitlines()
+    wait_until(at.is_dead)
+    at.mount("--reuse")
+    assert len((at.mnt / "base/1/1259").read_bytes()) == max(len(before), 21000)
 
 
 # --- standing still -------------------------------------------------------------------------------

@@ -10,16 +10,19 @@ import pytest
 from pbkfs import aside
 
 
-@pytest.mark.parametrize("is_aside", [True, False])
-def test_errors_are_told(tmp_path: Path, is_aside: bool) -> None:
-    assert aside.unmount(tmp_path, 0, is_aside=is_aside) in (errno.EINVAL, errno.EPERM)
+def check_errors(directory: Path) -> None:
+    assert aside.unmount(directory, 0) in (errno.EINVAL, errno.EPERM)
     with pytest.raises(FileNotFoundError):
-        aside.write_back(tmp_path / "missing", [], is_aside=is_aside)
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to("file")
-    aside.write_back(tmp_path, [b"gone", b"file"], is_aside=is_aside)
+        aside.write_back(directory / "missing", [])
+    (directory / "file").touch()
+    (directory / "link").symlink_to("file")
+    aside.write_back(directory, [b"gone", b"file"])
     with pytest.raises(OSError, match="symbolic links"):
-        aside.write_back(tmp_path, [b"link", b"file"], is_aside=is_aside)
+        aside.write_back(directory, [b"link", b"file"])
+
+
+def test_errors_are_told(tmp_path: Path) -> None:
+    check_errors(tmp_path)
 
 
 @pytest.mark.expect_log("is called without .*: No such file")
@@ -28,5 +31,4 @@ def test_program_that_is_gone_is_done_without(
 ) -> None:
     """A mount that could not be unmounted any more would be worse than one that may hang."""
     monkeypatch.setattr(aside, "PROGRAM", str(tmp_path / "gone"))
-    assert aside.unmount(tmp_path, 0, is_aside=True) in (errno.EINVAL, errno.EPERM)
-    aside.write_back(tmp_path, [], is_aside=True)
+    check_errors(tmp_path)
