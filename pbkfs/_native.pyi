@@ -42,19 +42,19 @@ def scan_pages(
     """
 
 def scan_journal(
-    fd: int, boot_id: Buffer, /
+    fd: int, session: Buffer, /
 ) -> tuple[int, list[bytes], dict[int, tuple[bytes, int, bool, bytes]]]:
     """Read a journal up to the first frame that does not check.
 
     Returns the length of the valid prefix, the payloads of the name records (types >= 16) in order,
     and for each object (changed blocks, limit or NO_LIMIT, whole, hydrated blocks): bitmaps of
     little-endian 64-bit words; hydrated blocks are in the object as well, as they are below.
-    PAGES_LIVE records count only behind a BOOT record with ``boot_id`` (16 bytes), so 16 zero bytes
+    PAGES_LIVE records count only behind a BOOT record with ``session`` (16 bytes), so 16 zero bytes
     give what a power cut would leave; a hydrated block that one of them names, of whatever boot,
     is a changed one. Raises OSError(EIO) for what can't be a journal.
     """
 
-def arm_steps(log: str, die_at: str, n: int, /) -> None:
+def arm_steps(log: str, die_at: str, n: int, by_signal: bool, /) -> None:
     """For tests: from now on each labelled step is a line in the file ``log``, and the process
     ends without a trace at the ``n``-th one (from 1) with the label ``die_at``."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from fix_postgres import is_running, kill_servers, wait_until
 from iotrace import Event, Recorder
 from ledger import Ledger
 from machine import TESTS
-from power_cut import Disk, boot_anew
+from power_cut import Disk
 from servers import Clients, MountedServer
 
-from pbkfs.mount import lock
+from pbkfs.errors import PbkfsError
+from pbkfs.mount import lock, sealing
 
 # Marks in the trace.
 ACKNOWLEDGED, HINTING, HINTED, READY, LOADED = "a", "h", "i", "r", "l"
@@ -134,7 +137,6 @@ class PowerCuts:
         try:
             self._disk.save(mount.diff, chance, is_ordered=is_ordered)
             mount.diff.chmod(0o711)
-            boot_anew(mount.diff)
             if (mount.diff / "binding.json").exists():
                 run_pbkfs("check", "-d", mount.diff)
             mount.mount()
@@ -199,27 +201,56 @@ def check_sums(server: Clients) -> None:
     assert tellers == history
 
 
+def check_pages(server: MountedServer) -> None:
+    """Let pg_checksums look at every page of a server that was stopped cleanly."""
+    done = subprocess.run(
+        [server.bindir / "pg_checksums", "--check", "-D", server.mount.pgdata],
+        capture_output=True, text=True, **owner_identity(server.mount),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+_TROUBLE = re.compile(r"PANIC|FATAL|ERROR|could not|terminated by signal|invalid page")
+# Whoever needs the table's lock has it end; it comes again.
+_NO_TROUBLE = "canceling autovacuum task"
+
+
+def trouble_in(server_log: Path) -> list[str]:
+    """Lines of a server's log that a server on a sound disk would not write."""
+    lines = server_log.read_text(errors="replace").splitlines()
+    return [line for line in lines if _TROUBLE.search(line) and _NO_TROUBLE not in line]
+
+
 # --- labelled steps -------------------------------------------------------------------------------
 
 _NO_LABEL = "-"
+# Slow enough that it goes on for as long as the load.
+HYDRATION_RATE = "4MB"
 
 
 @dataclass
 class LabelledRuns:
-    """Mounts whose worker dies at a labelled step, and what is left then."""
+    """Mounts whose worker dies at a labelled step, and what is left then.
+
+    Where they are supervised, another worker takes over, and nobody may see an error.
+    """
 
     mounts: Mounts
     stopped_cluster: Path
     bindir: Path
     log: Path
+    is_supervised: bool = False
+    how: str = "kill"
+    """``kill`` for SIGKILL or ``exit`` for _exit(2)."""
 
     def mount(self, mount: Mount, label: str, n: int) -> bool:
         """Mount, to die at the ``n``-th ``label``; returns whether the mount is up before that."""
         done = subprocess.run(
             [
-                sys.executable, TESTS / "labelled.py", self.log, label, str(n),
+                sys.executable, TESTS / "labelled.py", self.log, label, str(n), self.how,
                 "mount", *mount.args, "-D", mount.pgdata, "-d", mount.diff,
-                "--owner", mount.owner, "--wait",
+                "--owner", mount.owner, "--wait", "--hydrate", HYDRATION_RATE,
+                *(["--supervised"] if self.is_supervised else []),
             ],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
@@ -271,6 +302,7 @@ class LabelledRuns:
         server.check_cluster()
         check_sums(server)
         server.stop()
+        check_pages(server)
         mount.unmount()
         run_pbkfs("check", "-d", mount.diff)
         self.mounts.discard(mount)
@@ -297,11 +329,17 @@ class LabelledRuns:
                 server.begin("pgbench", "-n", "-c", "3", "-t", "60"),
                 server.begin("psql", "-XAtq", *sql_arguments(len(self.mounts.made))),
             ]
+            is_sealed = False
             while is_running(worker.pid) and any(load.poll() is None for load in loads):
                 psutil.wait_procs([worker], timeout=0.1)
                 if n_commits is not None and ledger.acknowledged >= n_commits:
                     worker.kill()
+                if n_commits is None and not is_sealed and ledger.acknowledged >= 20:
+                    seal_beside(mount)
+                    is_sealed = True
             if is_running(worker.pid):
+                if self.is_supervised:
+                    self._check_nobody_noticed(server, ledger, loads)
                 # Its end has labels too.
                 ledger.end()
                 run_pbkfs("stop", "-D", mount.pgdata, check=False)
@@ -317,10 +355,28 @@ class LabelledRuns:
         kill_servers(mount.pgdata, patience_s=0)
         ledger.end()
 
+    def _check_nobody_noticed(
+        self, server: MountedServer, ledger: Ledger, loads: list[subprocess.Popen[bytes]]
+    ) -> None:
+        ledger.wait_for(5)
+        assert [load.wait(60) for load in loads] == [0 for _ in loads]
+        assert trouble_in(server.mount.server_log) == []
+
     def _end(self, mount: Mount) -> None:
         if mount.is_mounted or is_dead_mount(mount.pgdata):
             mount.unmount("--force")
         mount.is_mounted = False
+
+
+def seal_beside(mount: Mount) -> None:
+    """Seal a diff that is in use, with a second head on what is sealed; the worker may die in it.
+
+    The server stands still meanwhile.
+    """
+    place = mount.pgdata.parent
+    child = sealing.Child(head=place / "child", live=place / "child.live")
+    with suppress(PbkfsError):
+        sealing.seal(mount.diff, new_live=place / "live", child=child, timeout_s=60)
 
 
 def find_worker(mount: Mount) -> psutil.Process | None:

@@ -1,9 +1,10 @@
 """``pbkfs`` that logs the labels of its durable steps and dies at one of them.
 
-    python tests/labelled.py LOG LABEL N ARGUMENTS…
+    python tests/labelled.py LOG LABEL N HOW ARGUMENTS…
 
 runs ``pbkfs ARGUMENTS`` (``mount``) and ends that process, command or worker, at the N-th step with
-LABEL; with a label that does not exist it only logs.
+LABEL, by SIGKILL where HOW is "kill" and by _exit(2) where it is "exit"; with a label that does not
+exist it only logs. Only this process: not a worker that takes over from it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pbkfs.cli.main import main
 from pbkfs.overlay import layer as layers
 
 if __name__ == "__main__":
-    log, label, n, *arguments = sys.argv[1:]
-    _native.arm_steps(log, label, int(n))
+    log, label, n, how, *arguments = sys.argv[1:]
+    _native.arm_steps(log, label, int(n), how == "kill")
     durable.on_step = _native.step
     layers.COMPACTION_BYTES = 4096  # a short load's journal is small
     main(arguments)

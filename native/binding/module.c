@@ -201,21 +201,21 @@ static PyObject *map_to_python(const struct pbk_object_map *map)
 static PyObject *binding_scan_journal(PyObject *Py_UNUSED(module), PyObject *args)
 {
     int fd;
-    Py_buffer boot_id;
+    Py_buffer session;
     struct pbk_journal_scan scan;
     PyObject *result = NULL;
-    if (!PyArg_ParseTuple(args, "iy*:scan_journal", &fd, &boot_id))
+    if (!PyArg_ParseTuple(args, "iy*:scan_journal", &fd, &session))
         return NULL;
-    if (boot_id.len != 16) {
+    if (session.len != 16) {
         PyErr_SetString(PyExc_ValueError, "boot id is not 16 bytes long");
-        PyBuffer_Release(&boot_id);
+        PyBuffer_Release(&session);
         return NULL;
     }
     PyObject *names = PyList_New(0);
     PyObject *maps = PyDict_New();
     if (names == NULL || maps == NULL)
         goto out;
-    int err = pbk_journal_scan(fd, boot_id.buf, collect_payload, names, &scan);
+    int err = pbk_journal_scan(fd, session.buf, collect_payload, names, &scan);
     if (err && !PyErr_Occurred())
         pbk_binding_fail(err, err == -EIO ? scan.reason : NULL);
     for (size_t i = 0; !PyErr_Occurred() && i < scan.n_maps; i++) {
@@ -234,7 +234,7 @@ static PyObject *binding_scan_journal(PyObject *Py_UNUSED(module), PyObject *arg
 out:
     Py_XDECREF(names);
     Py_XDECREF(maps);
-    PyBuffer_Release(&boot_id);
+    PyBuffer_Release(&session);
     return result;
 }
 
@@ -246,10 +246,11 @@ static PyObject *binding_arm_steps(PyObject *Py_UNUSED(module), PyObject *args)
     const char *log;
     const char *die_at;
     unsigned n;
-    if (!PyArg_ParseTuple(args, "ssI:arm_steps", &log, &die_at, &n))
+    int by_signal;
+    if (!PyArg_ParseTuple(args, "ssIp:arm_steps", &log, &die_at, &n, &by_signal))
         return NULL;
     Py_XSETREF(kept, Py_NewRef(args));
-    pbk_steps_arm(log, die_at, n);
+    pbk_steps_arm(log, die_at, n, by_signal != 0);
     Py_RETURN_NONE;
 }
 

@@ -3,6 +3,7 @@
 #include "pbk/step.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -14,9 +15,11 @@ atomic_bool pbk_steps_armed;
 static const char *log_path;
 static const char *fatal;
 static atomic_uint n_left;
+static bool dies_by_signal;
 
-void pbk_steps_arm(const char *log, const char *die_at, unsigned n)
+void pbk_steps_arm(const char *log, const char *die_at, unsigned n, bool by_signal)
 {
+    dies_by_signal = by_signal;
     log_path = log;
     fatal = die_at;
     atomic_store(&n_left, n);
@@ -35,6 +38,9 @@ void pbk_step_reached(const char *label)
         (void)!writev(fd, iov, 2);
         close(fd);
     }
-    if (strcmp(label, fatal) == 0 && atomic_fetch_sub(&n_left, 1) == 1)
-        _exit(PBK_STEP_EXIT_CODE);
+    if (strcmp(label, fatal) != 0 || atomic_fetch_sub(&n_left, 1) != 1)
+        return;
+    if (dies_by_signal)
+        kill(getpid(), SIGKILL);
+    _exit(PBK_STEP_EXIT_CODE);
 }

@@ -309,9 +309,8 @@ def test_worker_dies_while_the_kernel_writes_back_for_a_seal(at: Place, base: Pa
     """Were it the worker who waits for that, it could not end, and the mount would hang."""
     owner = f"{os.geteuid()}:{os.getegid()}"
     words = ["mount", "--base", base, "-D", at.mnt, "-d", at.diff, "--owner", owner]
-    command = [
-        sys.executable, TESTS / "labelled.py", at.root / "steps", "object:fsync", "1", "kill", *words
-    ]  # fmt: skip
+    at_fsync = ["object:fsync", "1", "kill"]
+    command = [sys.executable, TESTS / "labelled.py", at.root / "steps", *at_fsync, *words]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     owner_on_record = lock.read_owner(at.diff)
     assert owner_on_record is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from crashes import check_pages, check_sums, trouble_in
 from fix_mounts import Mount, Mounts, needs_takeovers, run_pbkfs
 from fix_postgres import Programs, wait_until
 from ledger import Ledger
@@ -25,11 +25,6 @@ from servers import MountedServer
 from pbkfs.mount import control
 
 ROUNDS = int(os.environ.get("PBKFS_TAKEOVER_ROUNDS", "6"))
-
-_TROUBLE = re.compile(r"PANIC|FATAL|ERROR|could not|terminated by signal|invalid page")
-# Whoever needs the table's lock has it end; it comes again.
-_NO_TROUBLE = "canceling autovacuum task"
-
 
 pytestmark = needs_takeovers
 
@@ -52,11 +47,6 @@ def kill_worker(mount: Mount) -> float:
     psutil.wait_procs([worker], timeout=30)
     assert control.call(mount.diff, "ping", timeout_s=60)["pid"] != pid
     return time.monotonic() - began
-
-
-def trouble_in(server_log: Path) -> list[str]:
-    lines = server_log.read_text(errors="replace").splitlines()
-    return [line for line in lines if _TROUBLE.search(line) and _NO_TROUBLE not in line]
 
 
 @contextmanager
@@ -84,14 +74,9 @@ def loaded_server(mounts: Mounts, base: Path, programs: Programs) -> Iterator[Mo
     assert ledger.ended_by is None
     ledger.check(server.uri)
     server.check_cluster()
-    accounts, tellers, history = (
-        server.sql(f"select coalesce(sum({column}), 0) from pgbench_{table}")
-        for table, column in (
-            ("accounts", "abalance"), ("tellers", "tbalance"), ("history", "delta")
-        )
-    )  # fmt: skip
-    assert accounts == tellers == history
+    check_sums(server)
     server.stop()
+    check_pages(server)
     mount.unmount()
     done = run_pbkfs("check", "-d", mount.diff)
     assert done.returncode == 0

@@ -13,8 +13,8 @@
 extern atomic_bool pbk_steps_armed;
 
 /* Each step that is reached from now on is a line in the file log, and the n-th one (from 1) with the label die_at ends the
- * process at once. Strings are the caller's for good. Before any other thread. */
-void pbk_steps_arm(const char *log, const char *die_at, unsigned n);
+ * process at once, by SIGKILL or by _exit(2). Strings are the caller's for good. Before any other thread. */
+void pbk_steps_arm(const char *log, const char *die_at, unsigned n, bool by_signal);
 
 void pbk_step_reached(const char *label);
 
