@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def _no_step(label: str) -> None:
@@ -39,10 +39,25 @@ def fsync_dir(path: str | os.PathLike[str], *, label: str) -> None:
 def replace_file(
     path: str | os.PathLike[str], data: bytes, *, label: str, mode: int = 0o600
 ) -> None:
-    """Replace ``path`` by ``data``; after a crash it is wholly the old file or wholly the new.
+    """Replace ``path`` by ``data``, see ``replacing``. Raises OSError."""
+    with replacing(path, label=label, mode=mode) as fd:
+        write_all(fd, data)
 
-    Durable when it returns: write to a temporary name, fsync, rename, fsync of the directory.
-    The temporary file is removed when a step fails. Raises OSError.
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data`` at the descriptor's position. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], *, label: str, mode: int = 0o600) -> Iterator[int]:
+    """Replace ``path`` by what is written to the descriptor that this yields.
+
+    After a crash it is wholly the old file or wholly the new; durable when it returns: fsync of a
+    file with a temporary name, rename, fsync of the directory. The temporary file is removed when
+    a step fails. Raises OSError.
 
     Nobody can guess its name, so in a directory where others may write, none of them can have put
     a file or a link there that we would write to.
@@ -52,12 +67,10 @@ def replace_file(
     directory = directory or "."
     tmp = os.path.join(directory, f".{name}.{secrets.token_hex(8)}.tmp")
     on_step(f"{label}:create")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+            yield fd
             fsync_fd(fd, label=label)
         finally:
             os.close(fd)

@@ -229,8 +229,8 @@ class Place:
         }
         self.nodes.attach(ino, object_id, **(arguments | changes))
 
-    def scan(self, boot_id: bytes = NO_BOOT) -> dict[int, tuple[bytes, int, bool, bytes]]:
-        return _native.scan_journal(self.journal_fd, boot_id)[2]
+    def scan(self, session: bytes = NO_BOOT) -> dict[int, tuple[bytes, int, bool, bytes]]:
+        return _native.scan_journal(self.journal_fd, session)[2]
 
     def lines(self) -> list[str]:
         """The failure lines since the last call."""

@@ -23,8 +23,6 @@ from pathlib import Path
 
 from iotrace import Event
 
-from pbkfs.overlay.journal import HEADER_BYTES, encode_frame, find_frames
-
 _PAGE = 4096
 _PUNCH, _KEEP_SIZE, _ZERO = 2, 1, 16
 _NEVER = 1 << 62
@@ -316,22 +314,3 @@ def _apply(content: bytearray, events: Iterable[Event]) -> None:
                     content[event.a : stop] = bytes(stop - event.a)
             if not event.flag & _KEEP_SIZE and end > len(content):
                 content.extend(bytes(end - len(content)))
-
-
-def boot_anew(diff: Path) -> None:
-    """Make the journal of a diff one that was written in another boot of the kernel.
-
-    After a real power cut the boot id differs, and so must it after one that is played.
-    """
-    if not (diff / "journal").exists():
-        return
-    data = (diff / "journal").read_bytes()
-    frames = b""
-    n_bytes = HEADER_BYTES
-    for payload in find_frames(data[HEADER_BYTES:]):
-        n_bytes += 8 + len(payload)
-        if payload[0] == 1:
-            payload = b"\1" + bytes(byte ^ 0xFF for byte in payload[1:])
-        frames += encode_frame(payload)
-    with (diff / "journal").open("r+b") as journal:
-        journal.write(data[:HEADER_BYTES] + frames + data[n_bytes:])

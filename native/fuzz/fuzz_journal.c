@@ -32,7 +32,7 @@ static void shrink_ranges(uint8_t *payload, size_t n)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
-    static const uint8_t boot[16] = {7};
+    static const uint8_t session[16] = {7};
     struct input in = {data, n};
     uint8_t flags = take_u8(&in);
     size_t room = PBK_JOURNAL_HEADER + in.n * 9;
@@ -62,7 +62,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     CHECK(length <= room);
     int fd = make_memory_file(file, length);
     struct pbk_journal_scan scan;
-    int err = pbk_journal_scan(fd, boot, check_name, NULL, &scan);
+    int err = pbk_journal_scan(fd, session, check_name, NULL, &scan);
     CHECK(err == 0 || (err == -EIO && scan.reason != NULL) || err == -ENOMEM);
     if (err == 0) {
         CHECK(scan.end >= PBK_JOURNAL_HEADER && scan.end <= length);

@@ -64,7 +64,7 @@ void pbk_journal_free(struct pbk_journal *journal)
 static const char *step_of(uint8_t type)
 {
     static const char *const labels[] = {
-        [PBK_RECORD_BOOT] = "journal:boot",
+        [PBK_RECORD_SESSION] = "journal:session",
         [PBK_RECORD_PAGES] = "journal:pages",
         [PBK_RECORD_PAGES_LIVE] = "journal:pages_live",
         [PBK_RECORD_LIMIT] = "journal:limit",

@@ -192,7 +192,7 @@ static int take_ranges(struct pbk_bits *bits, const uint8_t *ranges, uint32_t n_
     return err;
 }
 
-static int take_pages(struct pbk_journal_scan *scan, const uint8_t *payload, size_t n, bool is_this_boot)
+static int take_pages(struct pbk_journal_scan *scan, const uint8_t *payload, size_t n, bool is_this_session)
 {
     struct pbk_object_map *map;
     if (n < 13)
@@ -214,11 +214,11 @@ static int take_pages(struct pbk_journal_scan *scan, const uint8_t *payload, siz
     if (err)
         return err;
     const uint8_t *ranges = payload + 13;
-    map->is_known |= payload[0] != PBK_RECORD_PAGES_LIVE || is_this_boot;
+    map->is_known |= payload[0] != PBK_RECORD_PAGES_LIVE || is_this_session;
     if (payload[0] == PBK_RECORD_HYDRATED) {
         err = take_ranges(&map->hydrated, ranges, n_ranges, end);
     } else {
-        if (payload[0] == PBK_RECORD_PAGES || is_this_boot)
+        if (payload[0] == PBK_RECORD_PAGES || is_this_session)
             err = take_ranges(&map->changed, ranges, n_ranges, end);
         if (err == 0 && payload[0] == PBK_RECORD_PAGES_LIVE)
             err = take_ranges(&map->touched, ranges, n_ranges, end);
@@ -271,11 +271,11 @@ static int check_header(struct scan_buffer *buffer, struct pbk_journal_scan *sca
     return 0;
 }
 
-int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit, void *arg,
+int pbk_journal_scan(int fd, const uint8_t session[16], pbk_journal_visit visit, void *arg,
                      struct pbk_journal_scan *scan)
 {
     struct scan_buffer buffer = {.fd = fd};
-    bool is_this_boot = false;
+    bool is_this_session = false;
     uint64_t pos = PBK_JOURNAL_HEADER;
 
     memset(scan, 0, sizeof(*scan));
@@ -296,16 +296,16 @@ int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit,
             break;
         payload = head + FRAME_HEAD;
         switch (payload[0]) {
-        case PBK_RECORD_BOOT:
+        case PBK_RECORD_SESSION:
             if (length != 17)
                 err = -EIO;
             else
-                is_this_boot = memcmp(payload + 1, boot_id, 16) == 0;
+                is_this_session = memcmp(payload + 1, session, 16) == 0;
             break;
         case PBK_RECORD_PAGES:
         case PBK_RECORD_PAGES_LIVE:
         case PBK_RECORD_HYDRATED:
-            err = take_pages(scan, payload, length, is_this_boot);
+            err = take_pages(scan, payload, length, is_this_session);
             break;
         case PBK_RECORD_LIMIT:
             err = take_limit(scan, payload, length);

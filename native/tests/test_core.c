@@ -244,7 +244,7 @@ static int count_names(void *arg, const uint8_t *payload, size_t n)
 
 static void test_journal_damage(void)
 {
-    static const uint8_t boot[16] = {7};
+    static const uint8_t session[16] = {7};
     uint64_t seed = 4;
     for (unsigned i = 0; i < 3000; i++) {
         uint8_t file[4096] = "PBKFSJNL\1";
@@ -267,9 +267,9 @@ static void test_journal_damage(void)
             } else if (payload[0] == PBK_RECORD_LIMIT) {
                 length = 13;
                 pbk_put_u64(payload + 1, below(&seed, 3));
-            } else if (payload[0] == PBK_RECORD_BOOT) {
+            } else if (payload[0] == PBK_RECORD_SESSION) {
                 length = 17;
-                memcpy(payload + 1, boot, 16);
+                memcpy(payload + 1, session, 16);
             }
             n += put_frame(file + n, payload, length);
         }
@@ -278,7 +278,7 @@ static void test_journal_damage(void)
         int fd = make_file("journal", bad, m);
         unsigned n_names = 0;
         struct pbk_journal_scan scan;
-        int err = pbk_journal_scan(fd, boot, count_names, &n_names, &scan);
+        int err = pbk_journal_scan(fd, session, count_names, &n_names, &scan);
         CHECK(err == 0 || err == -EIO);
         CHECK(scan.end <= m || (err == -EIO && scan.end == 0));
         pbk_journal_scan_free(&scan);
@@ -578,8 +578,8 @@ static void test_threads(void)
 
     /* The journal says the same: every block of node 1 is durable. */
     struct pbk_journal_scan scan;
-    static const uint8_t no_boot[16];
-    CHECK(pbk_journal_scan(journal_fd, no_boot, NULL, NULL, &scan) == 0);
+    static const uint8_t no_session[16];
+    CHECK(pbk_journal_scan(journal_fd, no_session, NULL, NULL, &scan) == 0);
     CHECK(scan.end == pbk_journal_end(s.journal) && pbk_journal_synced(s.journal) == scan.end);
     bool is_found = false;
     for (size_t i = 0; i < scan.n_maps; i++) {
@@ -957,13 +957,13 @@ static uint32_t crc_of_layer(unsigned number)
 /* The page map that a node exports is the one that its sealed journal has. */
 static void check_map(struct layers *l, uint64_t object, const struct pbk_page_map *map)
 {
-    static const uint8_t no_boot[16];
+    static const uint8_t no_session[16];
     struct pbk_journal_scan scan;
     bool is_found = false;
     bool is_changed = false;
     for (size_t i = 0; i < map->n_words; i++)
         is_changed = is_changed || map->changed[i] != 0;
-    CHECK(pbk_journal_scan(l->journal_fds[l->n - 1], no_boot, NULL, NULL, &scan) == 0);
+    CHECK(pbk_journal_scan(l->journal_fds[l->n - 1], no_session, NULL, NULL, &scan) == 0);
     CHECK(scan.end == l->sealed_ends[l->n - 1]);
     for (size_t i = 0; i < scan.n_maps; i++) {
         if (scan.maps[i].object != object)

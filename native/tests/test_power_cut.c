@@ -259,9 +259,9 @@ static void begin(struct mount *m)
 {
     char path[4200];
     struct stat st;
-    static const uint8_t boot[17] = {PBK_RECORD_BOOT, 1};
+    static const uint8_t session[17] = {PBK_RECORD_SESSION, 1};
     struct pbk_journal_scan scan;
-    static const uint8_t no_boot[16];
+    static const uint8_t no_session[16];
 
     path_of(path, "");
     m->root = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -270,9 +270,9 @@ static void begin(struct mount *m)
     path_of(path, "journal");
     m->journal_fd = open(path, O_RDWR | O_CLOEXEC);
     CHECK(m->root >= 0 && m->objects >= 0 && m->journal_fd >= 0);
-    CHECK(pbk_journal_scan(m->journal_fd, no_boot, NULL, NULL, &scan) == 0);
+    CHECK(pbk_journal_scan(m->journal_fd, no_session, NULL, NULL, &scan) == 0);
     m->journal = pbk_journal_new(m->journal_fd, scan.end);
-    CHECK(m->journal != NULL && pbk_journal_append(m->journal, boot, sizeof(boot), NULL) == 0);
+    CHECK(m->journal != NULL && pbk_journal_append(m->journal, session, sizeof(session), NULL) == 0);
     m->nodes = pbk_nodes_new(m->journal, m->objects, -1, 1 << 20);
     m->ctx = pbk_ctx_new(1 << 20);
     CHECK(m->nodes != NULL && m->ctx != NULL);

@@ -73,6 +73,7 @@ def describe(opened: OpenMount, mountpoint: Path) -> dict[str, object]:
     request = opened.request
     return {
         "diff": str(opened.diff_path),
+        "session": opened.diff.live.session.hex(),
         "mountpoint": str(mountpoint),
         "base": dataclasses.asdict(opened.address),
         "owner": list(opened.owner),
@@ -112,7 +113,7 @@ def open_taken(numbers: Numbers, fds: Mapping[str, int]) -> tuple[OpenMount, Led
     base = open_base(address, force=True, owner=owner)
     # The dead one may have just replaced the superblock.
     durable.fsync_dir(diff_path, label="takeover:diff")
-    diff = Diff.open(diff_path, base)
+    diff = Diff.open(diff_path, base, session=bytes.fromhex(meta["session"]))
     decide(ledger, numbers, diff.live)
     sealed = open_layers(diff)
     log_pipe, log_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -68,6 +68,8 @@ _OBJECT = re.compile(r"file=[0-9a-f]{2}/([0-9a-f]+) block=\S+ layer=(\S+) ")
 
 # What was not fsynced may be lost in a power cut; names and attributes are not lost for longer.
 _SYNC_EVERY_S = 5.0
+# The journal says up to where it was durable: what is damaged after that passes for a torn end.
+_MARK_EVERY_S = 60.0
 # How long the answer to "unmount" may take to get out after the mount is gone.
 _LAST_REPLIES_S = 2.0
 
@@ -519,6 +521,7 @@ class Worker:
         import trio
 
         tree = self.opened.tree
+        mark_at = 0.0
         while True:
             await trio.sleep(_SYNC_EVERY_S)
             try:
@@ -528,7 +531,11 @@ class Worker:
                     self.ledger.tidy()
                 tree.reap()
                 session.bound_dirty()
+                moment = tree.now()
                 await trio.to_thread.run_sync(tree.sync)
+                if time.monotonic() >= mark_at:
+                    tree.mark(moment)
+                    mark_at = time.monotonic() + _MARK_EVERY_S
             except OSError as error:
                 logger.error("periodic sync of diff %s failed: %s", self.opened.diff_path, error)
 

@@ -105,13 +105,14 @@ def _as_findings(report: Report, kind: str) -> Iterator[None]:
 
 def _check_journal(report: Report, live: Layer) -> None:
     report.counts["journal_bytes"] = live.end
-    report.counts["names"] = len(live.names)
+    marks = sum(payload[0] == records.Synced.type_code for payload in live.names)
+    report.counts["names"] = len(live.names) - marks
     tail = live.read_tail()
     if not tail:
         return
     where = f"{len(tail)} bytes from byte {live.end} of the journal on"
-    if records.has_later_mount(tail):
-        report.error("journal", f"{where} are damaged: records of a later mount follow")
+    if records.is_damaged(tail, live.end):
+        report.error("journal", f"{where} are damaged: they were durable once")
     else:
         report.note("journal_tail", f"{where} are no record and were never synced")
 

@@ -50,7 +50,7 @@ class Diff:
         base: Base,
         *,
         layers: Sequence[LayerRef] = (),
-        boot_id: bytes | None = None,
+        session: bytes | None = None,
     ) -> Diff:
         """Open the diff at ``path`` for ``base``, to write to it; makes it if there is none.
 
@@ -74,18 +74,18 @@ class Diff:
             # Who switched the superblock may have died before that was durable. What is written
             # from here on lies in what it names now.
             durable.fsync_dir(path, label="diff:open")
-            return cls._open(path, superblock, boot_id, is_sealed=False)
+            return cls._open(path, superblock, session, is_sealed=False)
 
     @classmethod
-    def read(cls, path: Path, *, boot_id: bytes | None = None) -> Diff:
+    def read(cls, path: Path, *, session: bytes | None = None) -> Diff:
         """Open the existing diff at ``path`` only to look at it. Raises DiffError, HostError."""
         path = Path(os.path.abspath(path))
         with host_errors(path):
-            return cls._open(path, read_superblock(path), boot_id, is_sealed=True)
+            return cls._open(path, read_superblock(path), session, is_sealed=True)
 
     @classmethod
     def _open(
-        cls, path: Path, superblock: Superblock, boot_id: bytes | None, *, is_sealed: bool
+        cls, path: Path, superblock: Superblock, session: bytes | None, *, is_sealed: bool
     ) -> Diff:
         where = live_path(path, superblock)
         if not where.is_dir():
@@ -93,7 +93,7 @@ class Diff:
                 f"live layer {where} of diff {path} is missing",
                 hint="Put it back to where the diff's superblock names it.",
             )
-        live = Layer.open(where, superblock.live_id, boot_id=boot_id, is_sealed=is_sealed)
+        live = Layer.open(where, superblock.live_id, session=session, is_sealed=is_sealed)
         return cls(path, superblock, live)
 
     @property

@@ -34,7 +34,7 @@ from pbkfs.overlay.layer import (
     Layer,
     PageMap,
     host_errors,
-    read_boot_id,
+    new_session,
 )
 from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.objects import object_path
@@ -278,12 +278,12 @@ class _Fold:
         return kept
 
     def _encode(self, layer_id: uuid.UUID, names: Sequence[bytes]) -> bytes:
-        boot = records.encode_boot(read_boot_id())
-        payloads = [*names, boot]
+        session = new_session()
+        payloads = [*names, records.encode_session(session)]
         for object_id, found in self._maps.items():
             payloads.extend(records.encode_map(object_id, *found))
-        # The end mark of a sealed journal.
-        payloads.append(boot)
+        end = records.HEADER_BYTES + records.count_frame_bytes(payloads)
+        payloads.extend(records.encode_end(end, 1 + max(self._maps, default=0), session))
         header = records.encode_header(layer_id.bytes)
         return header + b"".join(map(records.encode_frame, payloads))
 

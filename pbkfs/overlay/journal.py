@@ -25,7 +25,7 @@ BLOCK_BYTES = 8192
 NO_LIMIT = 0xFFFFFFFF
 PAYLOAD_MAX = 16 << 20
 
-# Name records have types from here on; below are BOOT and the page records.
+# Name records have types from here on; below are SESSION and the page records.
 FIRST_NAME_TYPE = 16
 
 NAME_MAX = 255
@@ -46,11 +46,15 @@ _PAGES = struct.Struct("<BQI")
 _RUN = struct.Struct("<II")
 _LIMIT = struct.Struct("<BQI")
 _WHOLE = struct.Struct("<BQ")
+_SYNCED = struct.Struct("<QQ")
 
-_BOOT_TYPE, _PAGES_TYPE, _LIMIT_TYPE, _WHOLE_TYPE, _HYDRATED_TYPE = 1, 2, 4, 5, 6
+_SESSION_TYPE, _PAGES_TYPE, _LIMIT_TYPE, _WHOLE_TYPE, _HYDRATED_TYPE = 1, 2, 4, 5, 6
 
-# Length word and type of a BOOT record.
-_BOOT_HEAD = struct.pack("<IB", 17, _BOOT_TYPE)
+# Length word and type of the records that are written behind a durable journal only. They are of
+# one length.
+_MARK_PAYLOAD_BYTES = 17
+_MARK_HEADS = tuple(struct.pack("<IB", _MARK_PAYLOAD_BYTES, kind) for kind in (_SESSION_TYPE, 25))
+_MARK_BYTES = _FRAME.size + _MARK_PAYLOAD_BYTES
 
 # A PAGES frame of a compaction stays far below the 16 MiB a frame may have.
 _RUNS_PER_FRAME = 65536
@@ -276,7 +280,24 @@ class WalOut:
         return cls()
 
 
-Record = Mkdir | Create | CopyUp | Symlink | Remove | Rename | Link | SetAttr | WalOut
+@dataclass(slots=True)
+class Synced:
+    """The journal was durable up to byte ``end``, and all objects below ``next_id`` were there."""
+
+    type_code: ClassVar[int] = 25
+    end: int
+    next_id: int
+
+    def encode(self) -> bytes:
+        return b"\x19" + _SYNCED.pack(self.end, self.next_id)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Synced:
+        _expect_end(payload, 1 + _SYNCED.size)
+        return cls(*_SYNCED.unpack_from(payload, 1))
+
+
+Record = Mkdir | Create | CopyUp | Symlink | Remove | Rename | Link | SetAttr | WalOut | Synced
 
 _DECODERS: dict[int, Callable[[bytes], Record]] = {
     16: Mkdir.decode,
@@ -288,6 +309,7 @@ _DECODERS: dict[int, Callable[[bytes], Record]] = {
     22: Link.decode,
     23: SetAttr.decode,
     24: WalOut.decode,
+    25: Synced.decode,
 }
 
 
@@ -345,23 +367,49 @@ def find_frames(data: bytes) -> Iterator[bytes]:
         at = end
 
 
-def has_later_mount(tail: bytes) -> bool:
-    """Return whether a BOOT record lies somewhere in ``tail``, what follows a frame that is bad.
+def is_damaged(tail: bytes, start: int) -> bool:
+    """Return whether ``tail``, which begins at byte ``start`` with a bad frame, was durable once.
 
-    A mount writes one only behind a journal that is whole and durable. So the frame before it was
-    damaged later, and ``tail`` is no torn end of what was never synced.
+    A SESSION record is written only behind a journal that is durable up to there, and a SYNCED one
+    says up to where. If ``tail`` has one that speaks of its own begin, it was damaged later; else
+    it is the torn end of what was never synced.
     """
-    at = tail.find(_BOOT_HEAD)
-    while at >= 0:
-        if at >= 4 and next(find_frames(tail[at - 4 : at + 21]), None) is not None:
-            return True
-        at = tail.find(_BOOT_HEAD, at + 1)
+    for head in _MARK_HEADS:
+        at = tail.find(head)
+        while at >= 0:
+            frame = tail[at - 4 : at - 4 + _MARK_BYTES] if at >= 4 else b""
+            payload = next(find_frames(frame), None)
+            if payload is not None and (
+                payload[0] == _SESSION_TYPE or Synced.decode(payload).end > start
+            ):
+                return True
+            at = tail.find(head, at + 1)
     return False
 
 
-def encode_boot(boot_id: bytes) -> bytes:
-    """Return the record that a mount on this boot of the kernel begins here."""
-    return bytes([_BOOT_TYPE]) + boot_id
+def encode_session(session: bytes) -> bytes:
+    """Return the record that what follows is of this session: 16 bytes that name it."""
+    return bytes([_SESSION_TYPE]) + session
+
+
+def encode_end(end: int, next_id: int, session: bytes) -> list[bytes]:
+    """Return what a journal of ``end`` bytes ends with when its session ends well."""
+    return [Synced(end, next_id).encode(), encode_session(session)]
+
+
+END_BYTES = 2 * _MARK_BYTES
+
+
+def is_end(last: bytes, start: int) -> bool:
+    """Return whether the last END_BYTES of a journal, from byte ``start`` on, are that."""
+    payloads = list(find_frames(last))
+    return (
+        len(last) == END_BYTES
+        and len(payloads) == 2
+        and payloads[0][0] == Synced.type_code
+        and Synced.decode(payloads[0]).end == start
+        and payloads[1][0] == _SESSION_TYPE
+    )
 
 
 def encode_pages(object_id: int, bitmap: bytes) -> Iterator[bytes]:
@@ -452,6 +500,8 @@ def drop_pairs(payloads: Sequence[bytes]) -> list[bytes]:
                 created_at.clear()
             case Mkdir() | CopyUp() | Symlink() | SetAttr():
                 created_at.pop(record.path, None)
+            case Synced():
+                pass
     return [payload for payload in keep if payload is not None]
 
 

@@ -19,13 +19,13 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from pbkfs import _native, durable
-from pbkfs.errors import DiffError, FormatError, HostError
+from pbkfs.errors import BusyError, DiffError, FormatError, HostError
 from pbkfs.overlay import journal as records
 from pbkfs.overlay.objects import ObjectStore, object_path
 
@@ -35,7 +35,9 @@ OBJECTS = "objects"
 # A journal below this size is not worth a rewrite.
 COMPACTION_BYTES = 64 << 10
 
-_NO_BOOT = bytes(16)
+_NO_SESSION = bytes(16)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_COPY_BYTES = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -80,9 +82,10 @@ class Named(NamedTuple):
     is_mapped: bool
 
 
-def read_boot_id() -> bytes:
-    """Return the 16 bytes that name this boot of the kernel."""
-    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+def new_session() -> bytes:
+    """Return 16 bytes that name a session: all that is written from a mount to its end, or to the
+    death of a worker that nobody takes over from."""
+    return uuid.uuid4().bytes
 
 
 class Layer:
@@ -95,7 +98,7 @@ class Layer:
         *,
         journal_fd: int,
         objects_fd: int,
-        boot_id: bytes,
+        session: bytes | None,
         is_sealed: bool,
     ) -> None:
         self.path = path
@@ -105,14 +108,16 @@ class Layer:
         self.page_maps: dict[int, PageMap] = {}
         self._journal: _native.Journal | None = None
         self._journal_fd = journal_fd
-        self.boot_id = boot_id
+        self._goes_on = session is not None
+        self.session = session or new_session()
         self._end = 0
+        self._marked_end = 0
         self._names: list[bytes] = []
 
     # --- opening ----------------------------------------------------------------------------
 
     @classmethod
-    def make(cls, path: Path, *, boot_id: bytes | None = None) -> Layer:
+    def make(cls, path: Path, *, session: bytes | None = None) -> Layer:
         """Make an empty live layer, the new directory ``path``; durable on return. Not started.
 
         Leaves nothing where it fails. Raises OSError, DiffError, HostError.
@@ -123,34 +128,39 @@ class Layer:
         try:
             fill_layer(path, layer_id)
             durable.fsync_dir(path.parent, label="layer:mkdir")
-            return cls.open(path, layer_id, boot_id=boot_id, is_sealed=False)
+            return cls.open(path, layer_id, session=session, is_sealed=False)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
 
     @classmethod
     def open(
-        cls, path: Path, layer_id: uuid.UUID, *, boot_id: bytes | None = None, is_sealed: bool
+        cls, path: Path, layer_id: uuid.UUID, *, session: bytes | None = None, is_sealed: bool
     ) -> Layer:
         """Open the layer at ``path``; its journal must be that of ``layer_id``.
 
-        Raises DiffError if it is damaged or another one, HostError if this machine or user can't.
+        ``session`` is one that is to go on: what was written in it and not synced counts, for who
+        knows that the page cache has it still, and that nothing of it failed to be written back.
+        Without one nothing counts that was not synced. Raises BusyError if another process writes
+        to it, DiffError if it is damaged or another one, HostError if this machine or user can't.
         """
         with host_errors(path):
-            return cls._open(path, layer_id, boot_id or read_boot_id(), is_sealed=is_sealed)
+            return cls._open(path, layer_id, session, is_sealed=is_sealed)
 
     @classmethod
-    def sealed(cls, path: Path, layer_id: uuid.UUID, *, boot_id: bytes | None = None) -> Layer:
+    def sealed(cls, path: Path, layer_id: uuid.UUID, *, session: bytes | None = None) -> Layer:
         """Open a sealed layer; nothing in it is ever changed. Raises DiffError, HostError."""
         if not path.is_dir():
             raise DiffError(
                 f"sealed layer {path} is missing",
                 hint="Put the layer back; the diffs above it can't be read without it.",
             )
-        return cls.open(path, layer_id, boot_id=boot_id, is_sealed=True)
+        return cls.open(path, layer_id, session=session, is_sealed=True)
 
     @classmethod
-    def _open(cls, path: Path, layer_id: uuid.UUID, boot_id: bytes, *, is_sealed: bool) -> Layer:
+    def _open(
+        cls, path: Path, layer_id: uuid.UUID, session: bytes | None, *, is_sealed: bool
+    ) -> Layer:
         with missing_part(path):
             objects_fd = os.open(
                 path / OBJECTS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -165,6 +175,8 @@ class Layer:
             # Whoever deletes layers that nothing seems to name leaves those that are open alone: a
             # superblock is perhaps about to name them.
             fcntl.flock(objects_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if not is_sealed:
+                _lock_journal(journal_fd, path)
         except BaseException:
             os.close(journal_fd)
             os.close(objects_fd)
@@ -174,7 +186,7 @@ class Layer:
             layer_id,
             journal_fd=journal_fd,
             objects_fd=objects_fd,
-            boot_id=boot_id,
+            session=session,
             is_sealed=is_sealed,
         )
         try:
@@ -195,7 +207,7 @@ class Layer:
                 hint="Restore the journal from a copy, or begin with a new diff.",
             ) from error
         try:
-            self._end, self._names, maps = _native.scan_journal(self._journal_fd, self.boot_id)
+            self._end, self._names, maps = _native.scan_journal(self._journal_fd, self.session)
         except OSError as error:
             if error.errno != errno.EIO or error.strerror == os.strerror(errno.EIO):
                 raise
@@ -240,10 +252,8 @@ class Layer:
             for object_id in lost:
                 if not named[object_id].is_created:
                     raise self._missing(object_id, named)
-            self.objects.next_id = 1 + max(
-                (*present, *self.page_maps, *_object_ids(self._names)), default=0
-            )
-            self._cut_tail()
+            self.objects.next_id = max(_next_ids((*present, *self.page_maps), self._names))
+            self._secure_journal()
             # One of them may have the name under which a lost object is made again.
             for path in leftovers:
                 self.objects.remove_leftover(path)
@@ -262,13 +272,15 @@ class Layer:
                 self.objects.remove(object_id)
             if not self._compact(named):
                 self._journal = _native.Journal(self._journal_fd, self._end)
-                self.append(records.encode_boot(self.boot_id), label="boot")
+                self.append(records.encode_session(self.session), label="session")
                 for object_id in settled:
                     for payload in records.encode_pages(
                         object_id, self.page_maps[object_id].changed
                     ):
                         self.append(payload, label="recover:pages")
+            now = self.now()
             self.sync()
+            self.mark(now)
             self._forget_records(named)
 
     @property
@@ -283,14 +295,20 @@ class Layer:
 
     def _check_tail(self) -> None:
         """Raise DiffError if the tail that is to be cut off was durable once."""
-        if records.has_later_mount(self.read_tail()):
+        if records.is_damaged(self.read_tail(), self._end):
             raise DiffError(
                 f"journal of diff {self.path} is damaged at byte {self._end}: "
-                "records of a later mount follow",
+                "what follows was durable once",
                 hint="Restore the diff from a copy; pbkfs check tells more.",
             )
 
-    def _cut_tail(self) -> None:
+    def _secure_journal(self) -> None:
+        """Make the journal durable as it was read, before anything is made of what it says.
+
+        Where its last session did not end well, an fdatasync of it may have failed. The kernel
+        calls its pages clean since, and would not write them again: so it is copied, but for a
+        session that goes on, whose successor has asked for errors.
+        """
         size = os.fstat(self._journal_fd).st_size
         if size > self._end:
             _log.info(
@@ -298,17 +316,63 @@ class Layer:
                 self.path,
                 size - self._end,
             )
+        if not self._goes_on and not self._has_ended_well(size):
+            try:
+                self._renew_journal(self._copy_journal, label="recover:journal")
+                return
+            except _NoRoomError as error:
+                # Nobody could make room by removing files if it could not be mounted.
+                _log.warning("%s: no room to copy the journal: %s", self.path, error)
+        if size > self._end:
             durable.on_step("recover:journal:truncate")
             os.ftruncate(self._journal_fd, self._end)
         durable.fsync_fd(self._journal_fd, label="recover:journal")
 
+    def _has_ended_well(self, size: int) -> bool:
+        if size == records.HEADER_BYTES:
+            return True
+        start = size - records.END_BYTES
+        if start < records.HEADER_BYTES or size != self._end:
+            return False
+        return records.is_end(os.pread(self._journal_fd, records.END_BYTES, start), start)
+
+    def _copy_journal(self, fd: int) -> None:
+        at = 0
+        while at < self._end:
+            data = os.pread(self._journal_fd, min(_COPY_BYTES, self._end - at), at)
+            try:
+                durable.write_all(fd, data)
+            except OSError as error:
+                if error.errno in _NO_SPACE:
+                    raise _NoRoomError(error.strerror) from error
+                raise
+            at += len(data)
+
+    def _renew_journal(self, write: Callable[[int], None], *, label: str) -> None:
+        """Replace the journal by what ``write`` writes to a descriptor."""
+        fd = -1
+        try:
+            with durable.replacing(self.path / JOURNAL, label=label) as new:
+                _lock_journal(new, self.path)
+                write(new)
+                fd = os.dup(new)
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            raise
+        os.close(self._journal_fd)
+        self._journal_fd = fd
+
     def _settle(self, named: Mapping[int, Named]) -> list[int]:
-        """Make pages durable that only a PAGES_LIVE record of this boot vouches for.
+        """Make pages durable that only a PAGES_LIVE record of this session vouches for.
 
         From here on all bits count as durable, and an fsync of the file would not look at these
-        again. A second scan that believes no boot tells which objects that concerns. Returns them.
+        again. A second scan that believes no session tells which objects that concerns. Returns
+        them.
         """
-        _, _, synced = _native.scan_journal(self._journal_fd, _NO_BOOT)
+        if not self._goes_on:
+            return []
+        _, _, synced = _native.scan_journal(self._journal_fd, _NO_SESSION)
         behind = []
         for object_id, found in self.page_maps.items():
             if object_id not in named or found.is_whole:
@@ -322,11 +386,11 @@ class Layer:
         """Rewrite the journal if that halves it; returns whether it did."""
         if self._end < COMPACTION_BYTES:
             return False
-        names = self._names
+        names = [each for each in self._names if each[0] != records.Synced.type_code]
         n_removed = sum(payload[0] == records.Remove.type_code for payload in names)
         if n_removed > len(names) // 4:
             names = records.drop_pairs(names)
-        payloads = [*names, records.encode_boot(self.boot_id)]
+        payloads = [*names, records.encode_session(self.session)]
         for object_id, found in self.page_maps.items():
             if object_id in named:
                 payloads.extend(records.encode_map(object_id, *found))
@@ -336,11 +400,8 @@ class Layer:
         content = records.encode_header(self.uuid.bytes) + b"".join(
             map(records.encode_frame, payloads)
         )
-        durable.replace_file(self.path / JOURNAL, content, label="compact:journal")
+        self._renew_journal(lambda fd: durable.write_all(fd, content), label="compact:journal")
         _log.info("%s: journal rewritten, %d bytes instead of %d", self.path, size, self._end)
-        os.close(self._journal_fd)
-        self._journal_fd = -1
-        self._journal_fd = os.open(self.path / JOURNAL, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._end = size
         self._journal = _native.Journal(self._journal_fd, size)
         return True
@@ -376,11 +437,28 @@ class Layer:
         durable.on_step("journal:sync")
         self.journal.sync()
 
-    def end_session(self) -> None:
-        """Mark the end of a journal that is durable, so that damage to it is told from a torn tail.
+    def now(self) -> records.Synced:
+        """Return what is there now; once it is synced, ``mark`` may say so. On the tree's thread.
 
-        The mark is a BOOT record, as at a mount: what lies before one was durable once. Not worth
-        an error: on a full disk it is left out.
+        Objects are made and named on that thread, so that none is half made.
+        """
+        return records.Synced(self.journal.end, self.objects.next_id)
+
+    def mark(self, synced: records.Synced) -> None:
+        """Say in the journal that all that was there at a call of ``now`` has been synced since.
+
+        So damage to that is told from a torn end, and an object that is missing from one that was
+        never durable. Does nothing where nothing was appended since the last time. Raises OSError.
+        """
+        if synced.end == self._marked_end:
+            return
+        self.append(synced.encode(), label="synced")
+        self._marked_end = self.journal.end
+
+    def end_session(self) -> None:
+        """Mark the end of a journal that is durable, see ``mark_end``.
+
+        Not worth an error: on a full disk it is left out, and the next mount copies the journal.
         """
         try:
             self.mark_end()
@@ -388,9 +466,21 @@ class Layer:
             _log.warning("%s: the end of the journal is not marked: %s", self.path, error)
 
     def mark_end(self) -> None:
-        """Append that mark, and make it durable. Raises OSError."""
-        self.append(records.encode_boot(self.boot_id), label="end")
+        """Say in the journal that all that was written is durable, and make that durable.
+
+        Nothing may be appended meanwhile. Raises OSError, and then it is not said.
+        """
+        now = self.now()
         self.sync()
+        try:
+            for payload in records.encode_end(now.end, now.next_id, self.session):
+                self.append(payload, label="end")
+            self.journal.sync()
+        except OSError:
+            # What is in the page cache now may not be on the disk.
+            with suppress(OSError):
+                os.ftruncate(self._journal_fd, now.end)
+            raise
 
     def sync_file_system(self) -> None:
         """Make all of the file system that the diff is on durable. Raises OSError."""
@@ -452,10 +542,31 @@ def fill_layer(path: Path, layer_id: uuid.UUID) -> None:
     durable.replace_file(path / JOURNAL, header, label="layer:journal")
 
 
-def _object_ids(names: Sequence[bytes]) -> Iterator[int]:
+def _next_ids(used: Iterable[int], names: Sequence[bytes]) -> Iterator[int]:
+    """Yield ids such that no object with that or a greater one was ever made."""
+    yield 1
+    yield from (object_id + 1 for object_id in used)
     for payload in names:
         if payload[0] in (records.Create.type_code, records.CopyUp.type_code):
-            yield int.from_bytes(payload[1:9], "little")
+            yield int.from_bytes(payload[1:9], "little") + 1
+        elif payload[0] == records.Synced.type_code:
+            yield records.Synced.decode(payload).next_id
+
+
+def _lock_journal(fd: int, path: Path) -> None:
+    """Keep others from writing to a layer: two heads may name one, if somebody copied a diff."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(
+            f"layer {path} is written to by another mount",
+            hint="A copied diff names the layers of the one that it was copied of: use that, or a "
+            "branch of it.",
+        ) from None
+
+
+class _NoRoomError(Exception):
+    """There is no room for a copy of the journal."""
 
 
 def _strip(bitmap: bytes) -> bytes:

@@ -23,10 +23,11 @@ WAL_NAME = b"pg_wal"
 
 
 class Replay:
-    """Applies the records of layer number ``layer``. ``created`` collects ids of new objects."""
+    """Applies the records of layer number ``layer``."""
 
     def __init__(self, namespace: Namespace, stack: LayerStack, layer: int) -> None:
-        self.created: set[int] = set()
+        self._created: set[int] = set()
+        self._next_id = 0
         self._namespace = namespace
         self._stack = stack
         self._layer = layer
@@ -49,13 +50,18 @@ class Replay:
                 hint="Check that base and sealed layers are unchanged since the diff was made.",
             ) from error
 
+    @property
+    def created(self) -> set[int]:
+        """Objects that were made by CREATE, but for those that are known to have been durable."""
+        return {object_id for object_id in self._created if object_id >= self._next_id}
+
     def _apply(self, record: records.Record) -> None:
         names = self._namespace
         match record:
             case records.Create():
                 parent, name = self._new_name(record.path)
                 file = File(names.new_number(), 0, 0, 0, 0, 0)
-                self.created.add(record.object_id)
+                self._created.add(record.object_id)
                 self._put_piece(file, Piece(self._layer, record.object_id, False))
                 names.add(parent, name, file)
             case records.CopyUp():
@@ -103,6 +109,8 @@ class Replay:
             case records.WalOut():
                 for inode in apply_wal_out(names):
                     self._end(inode)
+            case records.Synced():
+                self._next_id = record.next_id
 
     def _new_name(self, path: bytes) -> tuple[Directory, bytes]:
         parent, name = self._namespace.resolve_parent(path)

@@ -91,7 +91,7 @@ class Seal:
 
     def prepare(self) -> None:
         """Make the new directories, and most of the old layer durable. OSError, HostError."""
-        self._new = Layer.make(self._new_live, boot_id=self._old.boot_id)
+        self._new = Layer.make(self._new_live, session=self._old.session)
         self._new.start({}, (os.geteuid(), os.getegid()))
         if self._child is not None:
             self._child.make(self._diff, self._old)

@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pbkfs import _native
 from pbkfs.backup.base import Base
@@ -51,6 +51,13 @@ from pbkfs.overlay.superblock import LayerRef
 _IS_RESENT = 1 << 63
 
 __all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "Attr", "Tree"]
+
+
+class Moment(NamedTuple):
+    """What was there at one time."""
+
+    live: Layer
+    synced: records.Synced
 
 
 class Tree:
@@ -518,6 +525,15 @@ class Tree:
     def sync(self) -> None:
         """Return when all names and attributes up to now are durable. Any thread may call."""
         self._stack.live.sync()
+
+    def now(self) -> Moment:
+        """Return what is there now, for ``mark`` once it is synced."""
+        return Moment(self._stack.live, self._stack.live.now())
+
+    def mark(self, moment: Moment) -> None:
+        """Say on the disk that what was there then has been synced since. Raises OSError."""
+        if moment.live is self._stack.live:  # else a seal has said it
+            moment.live.mark(moment.synced)
 
     def fsyncdir(self, ino: int) -> None:  # noqa: ARG002 - one journal serves all
         """Return when the entries of a directory are durable; all others are then too."""

@@ -39,7 +39,7 @@ class _Worker:
         base = PlainBase(lower)
         is_new = os.fstat(ledger_fd).st_size == 0
         numbers = None if is_new else read_ledger(ledger_fd)
-        diff = Diff.open(diff_path, base, boot_id=BOOT)
+        diff = Diff.open(diff_path, base, session=BOOT)
         if numbers is None:
             made = Ledger.make()
             os.pwrite(ledger_fd, os.pread(made.fd, 64, 0), 0)

@@ -33,7 +33,6 @@ class TreePlace:
         self.base = PlainBase(lower)
         self.diff_path = place / "diff1"
         self.layers: list[LayerRef] = []
-        self.boot = 1
         self.n_seals = self.n_folds = 0
         self._tree: Tree | None = None
         self.driver: TreeDriver
@@ -48,19 +47,17 @@ class TreePlace:
     def is_open(self) -> bool:
         return self._tree is not None
 
-    def open(self) -> Tree:
-        """Open the diff (made if there is none) with its layers."""
+    def open(self, session: bytes | None = None) -> Tree:
+        """Open the diff (made if there is none) with its layers; ``session`` goes on."""
         assert self._tree is None
-        diff = self.open_diff()
+        diff = self.open_diff(session)
         self._tree = Tree(self.base, diff, open_layers(diff), owner=OWNER, log_fd=-1)
         self.driver = TreeDriver(self._tree)
         return self._tree
 
-    def open_diff(self) -> Diff:
+    def open_diff(self, session: bytes | None = None) -> Diff:
         """Open only the diff; the caller closes it."""
-        return Diff.open(
-            self.diff_path, self.base, layers=self.layers, boot_id=self.boot.to_bytes(16, "big")
-        )
+        return Diff.open(self.diff_path, self.base, layers=self.layers, session=session)
 
     def close(self) -> None:
         """End the tree as an unmount does."""
@@ -82,12 +79,18 @@ class TreePlace:
         return self.open()
 
     def crash(self) -> Tree:
-        """Drop and open again, in the same boot."""
+        """Drop and open again, as a worker does that takes over: the session goes on."""
+        session = self.tree._stack.live.session
+        self.drop()
+        return self.open(session)
+
+    def kill(self) -> Tree:
+        """Drop and open again, as the next mount does: what was not synced does not count."""
         self.drop()
         return self.open()
 
     def cut_power(self, *, torn_bytes: int = 0) -> Tree:
-        """Drop, forget what the journal has not synced, and open again in the next boot.
+        """Drop, forget what the journal has not synced, and open again.
 
         Of the first lost frame, ``torn_bytes`` are left, if it has as many. Objects keep what they
         have.
@@ -97,7 +100,6 @@ class TreePlace:
         with (self.live_path / JOURNAL).open("r+b") as journal:
             tail = journal.seek(0, os.SEEK_END) - synced
             journal.truncate(synced + min(tail, torn_bytes))
-        self.boot += 1
         return self.open()
 
     def seal(self) -> Tree:
@@ -182,7 +184,7 @@ class TreePlace:
     @contextmanager
     def opened(self, diff_path: Path) -> Iterator[Tree]:
         """The tree of another head upon the same base."""
-        diff = Diff.open(diff_path, self.base, boot_id=self.boot.to_bytes(16, "big"))
+        diff = Diff.open(diff_path, self.base)
         tree = Tree(self.base, diff, open_layers(diff), owner=OWNER, log_fd=-1)
         try:
             yield tree

@@ -41,11 +41,11 @@ def content(fd: int) -> bytes:
 
 
 def scan_of(
-    fd: int, data: bytes, boot_id: bytes = BOOT_ID
+    fd: int, data: bytes, session: bytes = BOOT_ID
 ) -> tuple[int, list[bytes], dict[int, tuple[set[int], int, bool]]]:
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
-    end, names, maps = _native.scan_journal(fd, boot_id)
+    end, names, maps = _native.scan_journal(fd, session)
     return (
         end,
         names,
@@ -285,13 +285,13 @@ def test_boot_id_has_16_bytes(fd: int) -> None:
 def test_hydrated_blocks_are_told_from_changed_ones(fd: int) -> None:
     """PAGES of any kind make a hydrated block a changed one; PAGES_LIVE does so after a reboot."""
 
-    def scan(*payloads: bytes, boot_id: bytes = BOOT_ID) -> tuple[set[int], set[int], int, bool]:
+    def scan(*payloads: bytes, session: bytes = BOOT_ID) -> tuple[set[int], set[int], int, bool]:
         journal = _native.Journal(fd, len(JOURNAL_HEADER))
         journal.append(b"\x01" + BOOT_ID)
         for payload in payloads:
             journal.append(payload)
         os.ftruncate(fd, journal.end)
-        changed, limit, whole, hydrated = _native.scan_journal(fd, boot_id)[2][7]
+        changed, limit, whole, hydrated = _native.scan_journal(fd, session)[2][7]
         return blocks_in(changed), blocks_in(hydrated), limit, whole
 
     hydrated = pages_record(7, {1, 2, 3, 70}, kind=6)
@@ -304,7 +304,7 @@ def test_hydrated_blocks_are_told_from_changed_ones(fd: int) -> None:
     assert scan(pages_record(7, {2}), hydrated) == ({2}, {1, 3, 70}, NO_LIMIT, False)
     # Of another boot: block 3 is in the object anyway, block 5 perhaps never got there.
     assert scan(hydrated, live) == ({3, 5}, {1, 2, 70}, NO_LIMIT, False)
-    assert scan(hydrated, live, boot_id=other) == ({3}, {1, 2, 70}, NO_LIMIT, False)
-    assert scan(hydrated, live, whole, boot_id=other) == ({3, 5}, set(), NO_LIMIT, True)
+    assert scan(hydrated, live, session=other) == ({3}, {1, 2, 70}, NO_LIMIT, False)
+    assert scan(hydrated, live, whole, session=other) == ({3, 5}, set(), NO_LIMIT, True)
     assert scan(hydrated, limit) == (set(), {1, 2, 3}, 70, False)
     assert scan(limit, hydrated) == (set(), {1, 2, 3}, 70, False)

@@ -103,7 +103,7 @@ class NodesMachine(RuleBasedStateMachine):
         self.hydrated: set[int] = set()  # blocks below the limit that were recorded as hydrated
         self.unsure: set[int] = set()  # of these, changed without a record of it
         self.n_synced = 0  # of the journal
-        self.boot_id = BOOT_ID
+        self.session = BOOT_ID
         place.nodes.add(INO, len(self.below), self.sources)
 
     # --- changes --------------------------------------------------------------------------------
@@ -230,17 +230,17 @@ class NodesMachine(RuleBasedStateMachine):
 
     # --- ends of a mount ------------------------------------------------------------------------
 
-    def _reopen(self, end: int, boot_id: bytes) -> set[int]:
+    def _reopen(self, end: int, session: bytes) -> set[int]:
         """Mount again with the journal's first ``end`` bytes; returns the blocks it vouches for."""
         place = self.place
         place.nodes.close()
         os.ftruncate(place.journal_fd, end)
         os.fsync(place.journal_fd)
         self.n_synced = end
-        valid, _, maps = _native.scan_journal(place.journal_fd, boot_id)
+        valid, _, maps = _native.scan_journal(place.journal_fd, session)
         assert valid == end
         place.journal = _native.Journal(place.journal_fd, end)
-        place.journal.append(b"\x01" + self.boot_id)
+        place.journal.append(b"\x01" + self.session)
         place.nodes = place._new_nodes()
         place.nodes.add(INO, len(self.below), self.sources)
         bitmap, limit, is_whole, hydrated = maps.get(OBJECT, (b"", NO_LIMIT, False, b""))
@@ -276,7 +276,7 @@ class NodesMachine(RuleBasedStateMachine):
     @rule()
     def remount(self) -> None:
         """The worker died or ended: the page cache is still there, and PAGES_LIVE counts."""
-        blocks = self._reopen(self.place.journal.end, self.boot_id)
+        blocks = self._reopen(self.place.journal.end, self.session)
         if self.is_mapped:
             assert blocks >= self.present
 
@@ -284,8 +284,8 @@ class NodesMachine(RuleBasedStateMachine):
     @rule()
     def cut_power(self) -> None:
         end = max(self.place.journal.synced, self.n_synced, len(JOURNAL_HEADER))
-        self.boot_id = bytes([*self.boot_id[1:], self.boot_id[0] ^ 0x80])
-        blocks = self._reopen(end, self.boot_id)
+        self.session = bytes([*self.session[1:], self.session[0] ^ 0x80])
+        blocks = self._reopen(end, self.session)
         assert blocks >= self.durable
         found = self.place.nodes.read(INO, 0, 1 << 30)
         assert len(found) == len(self.content)
@@ -325,7 +325,7 @@ class NodesMachine(RuleBasedStateMachine):
         """What a scan of this boot calls changed covers all blocks that differ from below."""
         if not self.has_object or not self.is_mapped:
             return
-        found = self.place.scan(self.boot_id).get(OBJECT)
+        found = self.place.scan(self.session).get(OBJECT)
         changed = blocks_in(found[0]) if found is not None else set()
         differing = {b for b in range(self.limit) if self.differs(b)} - self.unsure
         assert differing <= changed

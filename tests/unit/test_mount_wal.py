@@ -182,6 +182,8 @@ def test_crash_at_every_step(
             wal.move_out(tree, base, diff, ME)
         monkeypatch.setattr(durable, "on_step", lambda _label: None)
         tree.nodes.close()
+        for layer in tree._stack.layers:
+            layer.close()
         with opened(base, diff) as tree:
             wal.move_out(tree, base, diff, ME)
             check(tree, diff, [*NAMES, "archive_status"])

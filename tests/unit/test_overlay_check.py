@@ -17,12 +17,13 @@ from pbkfs.errors import DiffError
 from pbkfs.overlay.check import Report, check_diff
 from pbkfs.overlay.journal import (
     HEADER_BYTES,
-    encode_boot,
+    Synced,
     encode_frame,
     encode_limit,
     encode_pages,
+    encode_session,
     find_frames,
-    has_later_mount,
+    is_damaged,
 )
 
 RELATION = "base/5/16384"
@@ -214,7 +215,13 @@ def test_damage_is_found(used: TreePlace, damage: Callable[[TreePlace], None], k
 
 
 def test_what_a_crash_leaves_is_noted(used: TreePlace) -> None:
-    relation, new = object_of(used, RELATION), object_of(used, "new")
+    relation = object_of(used, RELATION)
+    tree = used.open()
+    used.driver.close(used.driver.open(b"fresh", os.O_WRONLY | os.O_CREAT))
+    tree.sync()
+    object_id = tree._namespace.resolve(b"fresh").pieces[0].object_id  # type: ignore[attr-defined]
+    new = used.diff_path / f"objects/{object_id & 255:02x}/{object_id:x}"
+    used.drop()
     os.truncate(relation, 2 * PAGE)
     new.unlink()
     (new.parent / "ff.tmp").touch()
@@ -242,7 +249,7 @@ def test_journal_damaged_before_a_mount_is_refused(used: TreePlace) -> None:
     """Cutting off what follows would quietly lose what was durable once."""
     damage_record_before_a_mount(used)
     before = contents(used.diff_path)
-    with pytest.raises(DiffError, match="records of a later mount follow"):
+    with pytest.raises(DiffError, match="what follows was durable once"):
         used.open()
     assert contents(used.diff_path) == before
 
@@ -283,11 +290,15 @@ def test_record_that_native_code_does_not_know_is_refused(used: TreePlace) -> No
         used.open()
 
 
-def test_boot_record_in_a_tail() -> None:
-    boot = encode_frame(encode_boot(bytes(range(16))))
-    assert list(find_frames(boot + boot + b"torn")) == [encode_boot(bytes(range(16)))] * 2
-    assert has_later_mount(b"x" * 100 + boot)
-    assert has_later_mount(boot[:10] + boot)
-    assert not has_later_mount(b"x" * 100 + boot[:-1])
-    assert not has_later_mount(b"x" * 100 + boot[:-1] + b"!")
-    assert not has_later_mount(boot[4:])
+def test_what_a_mark_in_a_tail_says() -> None:
+    """That of a session speaks of all before it, another one of what it names."""
+    session = encode_frame(encode_session(bytes(range(16))))
+    assert list(find_frames(session + session + b"torn")) == [encode_session(bytes(range(16)))] * 2
+    for mark in (session, encode_frame(Synced(1001, 7).encode())):
+        assert is_damaged(b"x" * 100 + mark, 1000)
+        assert is_damaged(mark[:10] + mark, 1000)
+        assert not is_damaged(b"x" * 100 + mark[:-1], 1000)
+        assert not is_damaged(b"x" * 100 + mark[:-1] + b"!", 1000)
+        assert not is_damaged(mark[4:], 1000)
+    # The bad frame came after what was synced: the mark reached the disk before it.
+    assert not is_damaged(b"x" * 100 + encode_frame(Synced(1000, 7).encode()), 1000)

@@ -17,7 +17,7 @@ from conformance.tree_place import OWNER, TreePlace, open_place
 
 from pbkfs import durable
 from pbkfs.backup.empty import EmptyBase
-from pbkfs.errors import DiffError, HostError
+from pbkfs.errors import BusyError, DiffError, HostError
 from pbkfs.overlay import layer as layers
 from pbkfs.overlay.diff import Diff, is_free_place, open_layers
 from pbkfs.overlay.journal import HEADER_BYTES, encode_frame
@@ -232,7 +232,7 @@ def test_journal_of_another_diff_is_refused(used: TreePlace, tmp_path: Path) -> 
 def test_record_that_does_not_fit_is_refused(used: TreePlace, record: bytes) -> None:
     with (used.diff_path / "journal").open("ab") as journal:
         journal.write(encode_frame(record))
-    refused(used, r"record 4, .*")
+    refused(used, r"record 6, .*")
 
 
 @pytest.mark.parametrize("path", ["conf", os.fsdecode(RELATION)])
@@ -262,6 +262,22 @@ def test_trouble_of_the_host_is_named(
     assert hint in raised.value.hint
 
 
+def object_path_of(used: TreePlace, name: bytes) -> Path:
+    file = used.tree._namespace.resolve(name)
+    object_id = file.pieces[0].object_id  # type: ignore[attr-defined]
+    return used.diff_path / f"objects/{object_id & 255:02x}/{object_id:x}"
+
+
+def make_fresh(used: TreePlace) -> Path:
+    """Make a file whose record is durable, and die; returns its object."""
+    used.open()
+    write(used, b"fresh", b"content", flags=os.O_CREAT)
+    used.tree.sync()
+    path = object_path_of(used, b"fresh")
+    used.drop()
+    return path
+
+
 # --- recovering -----------------------------------------------------------------------------------
 
 
@@ -276,28 +292,44 @@ def test_torn_record_is_cut_off(used: TreePlace) -> None:
 
 @pytest.mark.expect_log("not durable before a power cut")
 def test_object_of_a_new_file_that_a_power_cut_took_is_made_again(used: TreePlace) -> None:
-    tree = used.open()
-    object_id = tree._namespace.resolve(b"new").pieces[0].object_id  # type: ignore[attr-defined]
-    used.close()
-    (used.diff_path / f"objects/{object_id & 255:02x}/{object_id:x}").unlink()
+    make_fresh(used).unlink()
     used.open()
-    found = used.driver.stat(b"new")
+    found = used.driver.stat(b"fresh")
     assert (found.size, found.mode) == (0, 0o600)
-    write(used, b"new", b"again")
+    write(used, b"fresh", b"again")
     used.reopen()
-    assert used.driver.read_file(b"new") == b"again"
+    assert used.driver.read_file(b"fresh") == b"again"
+
+
+@pytest.mark.parametrize("ends", ["well", "after a mark", "after a mark and more"])
+def test_object_that_was_durable_is_missed(used: TreePlace, ends: str) -> None:
+    """A file that was synced must not become an empty one quietly."""
+    if ends == "well":
+        path = make_fresh(used)
+        used.open()
+        used.close()
+    else:
+        tree = used.open()
+        write(used, b"fresh", b"content", flags=os.O_CREAT)
+        moment = tree.now()
+        tree.sync()
+        tree.mark(moment)
+        if ends == "after a mark and more":
+            write(used, b"later", b"content", flags=os.O_CREAT)
+        path = object_path_of(used, b"fresh")
+        used.drop()
+    path.unlink()
+    with pytest.raises(DiffError, match=r"is missing \(file 'fresh'\)"):
+        used.open()
 
 
 @pytest.mark.expect_log("not durable before a power cut")
 def test_lost_object_that_is_half_made_is_made_again(used: TreePlace) -> None:
     """The power cut took the rename only, or a crash came while the object was made again."""
-    tree = used.open()
-    object_id = tree._namespace.resolve(b"new").pieces[0].object_id  # type: ignore[attr-defined]
-    used.close()
-    path = used.diff_path / f"objects/{object_id & 255:02x}/{object_id:x}"
+    path = make_fresh(used)
     path.rename(f"{path}.tmp")
     used.open()
-    assert used.driver.read_file(b"new") == b""
+    assert used.driver.read_file(b"fresh") == b""
     assert not path.with_name(f"{path.name}.tmp").exists()
 
 
@@ -314,6 +346,111 @@ def test_orphans_and_leftovers_go(used: TreePlace) -> None:
     )
 
 
+# A worker dies and no other one takes over, on a kernel that goes on: what is in the page cache
+# need not be on the disk, or get there, whatever a later fsync says.
+
+
+def test_page_that_only_a_page_cache_had_is_not_believed(place: TreePlace) -> None:
+    """Its write-back may have failed, or the file system may have been gone in between."""
+    place.open()
+    write(place, RELATION, pattern(2, PAGE), PAGE)
+    place.tree.sync()  # its record is durable, the page is not
+    place.kill()
+    assert place.driver.read_file(RELATION) == pattern(1, 4 * PAGE)
+    place.reopen()
+    assert place.driver.read_file(RELATION) == pattern(1, 4 * PAGE)
+
+
+def test_journal_of_a_dead_worker_is_written_anew(used: TreePlace) -> None:
+    """An fdatasync of the old file may have failed: nothing would write its pages again."""
+    journal = used.diff_path / "journal"
+    used.open()
+    used.driver.mkdir(b"made", 0o700)
+    used.drop()
+    before, ino = journal.read_bytes(), journal.stat().st_ino
+    used.open()
+    assert journal.stat().st_ino != ino
+    assert journal.read_bytes().startswith(before)
+    assert used.driver.stat(b"made").kind == "dir"
+    used.close()
+    ino = journal.stat().st_ino
+    used.open()  # it ended well: all of it was durable
+    assert journal.stat().st_ino == ino
+
+
+def test_it_is_secured_before_anything_is_unlinked(
+    used: TreePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (used.diff_path / "objects/05").mkdir(exist_ok=True)
+    (used.diff_path / "objects/05/105").touch()
+    used.open()
+    used.drop()
+    labels: list[str] = []
+    monkeypatch.setattr(durable, "on_step", labels.append)
+    (used.diff_path / "objects/05/105").touch()
+    used.open()
+    assert labels.index("recover:journal:fsync_dir") < labels.index("reap:object:unlink")
+
+
+@pytest.mark.expect_log("no room to copy the journal")
+def test_no_room_for_a_copy_of_the_journal(
+    used: TreePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is to make room has to be able to mount."""
+    used.open()
+    used.driver.mkdir(b"made", 0o700)
+    used.drop()
+
+    def fail(_fd: int, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(durable, "write_all", fail)
+    used.open()
+    monkeypatch.undo()
+    assert used.driver.stat(b"made").kind == "dir"
+    assert sorted(os.listdir(used.diff_path)) == ["journal", "objects", "superblock.json"]
+    used.reopen()
+    assert used.driver.stat(b"made").kind == "dir"
+
+
+@pytest.mark.expect_log("the end of the journal is not marked")
+def test_end_that_could_not_be_marked_is_not_marked(
+    used: TreePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used.open()
+    used.driver.mkdir(b"made", 0o700)
+    n_marks = 0
+
+    def fail_at_second(label: str) -> None:
+        nonlocal n_marks
+        n_marks += label == "journal:end:append"
+        if n_marks == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(durable, "on_step", fail_at_second)
+    used.close()
+    monkeypatch.undo()
+    ino = (used.diff_path / "journal").stat().st_ino
+    used.open()
+    assert (used.diff_path / "journal").stat().st_ino != ino
+    assert used.driver.stat(b"made").kind == "dir"
+
+
+def test_two_heads_do_not_write_to_one_layer(place: TreePlace) -> None:
+    """A copy of a diff names the live layer of the original, if that was ever sealed."""
+    place.open()
+    place.seal_live()
+    place.close()
+    copy = place.place / "copy"
+    shutil.copytree(place.diff_path, copy)
+    place.open()
+    with pytest.raises(BusyError, match="is written to by another mount"), place.opened(copy):
+        pass
+    place.driver.mkdir(b"made", 0o700)
+    place.reopen()
+    assert place.driver.stat(b"made").kind == "dir"
+
+
 def test_number_of_a_lost_object_is_not_used_again(used: TreePlace) -> None:
     """Page records of a dead object must never count for a new one."""
     used.open()
@@ -327,7 +464,7 @@ def test_number_of_a_lost_object_is_not_used_again(used: TreePlace) -> None:
 
 
 def test_pages_of_a_dead_worker_become_durable(place: TreePlace) -> None:
-    """A page that only the page cache of this boot vouched for is synced and recorded at once."""
+    """A page that only the page cache vouched for is synced and recorded at once."""
     place.open()
     write(place, RELATION, pattern(2, PAGE), PAGE)
     place.crash()

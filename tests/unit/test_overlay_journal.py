@@ -128,7 +128,7 @@ def test_native_scan_reads_what_a_compaction_writes(
     names: list[records.Record],
 ) -> None:
     bitmap = sum(1 << bit for bit in bits).to_bytes(8800, "little")
-    payloads = [*(record.encode() for record in names), records.encode_boot(b"b" * 16)]
+    payloads = [*(record.encode() for record in names), records.encode_session(b"b" * 16)]
     payloads += records.encode_pages(77, bitmap)
     if limit is not None:
         payloads.append(records.encode_limit(77, limit))

@@ -20,6 +20,7 @@ from pbkfs import durable
 from pbkfs.errors import HostError
 from pbkfs.overlay import wal_copy
 from pbkfs.overlay.check import check_diff
+from pbkfs.overlay.layer import Layer
 from pbkfs.overlay.sealing import BrokenSealError, Child
 from pbkfs.overlay.superblock import read_superblock
 from pbkfs.overlay.wal_copy import WalCopy, WalStart
@@ -240,6 +241,11 @@ def test_failed_step_leaves_all_as_it_was(
     before = show(place)
     names = sorted(os.listdir(place.place))
     uuid = read_superblock(place.diff_path).live_id
+    made: list[Layer] = []
+    make = Layer.make
+    monkeypatch.setattr(
+        Layer, "make", lambda *args, **kwargs: (made.append(make(*args, **kwargs)), made[-1])[1]
+    )
     step = 0
     while True:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -258,7 +264,9 @@ def test_failed_step_leaves_all_as_it_was(
         write(place, b"new", 0, b"three")  # the gate is open again
         step += 1
     assert step > 10
-    place.crash()
+    for layer in made:
+        layer.close()  # as the end of the process does
+    place.kill()
     assert show(place) == before
     assert place.live_path == place.place / "live"
 
@@ -310,9 +318,7 @@ def test_death_at_a_step_finds_all_that_was_there(
             finally:
                 monkeypatch.setattr(durable, "on_step", lambda _: None)
             if is_power_cut:
-                place.drop()
-                place.boot += 1
-                place.open()
+                place.kill()
             else:
                 place.crash()
             is_new = place.live_path == place.place / "live"

@@ -18,7 +18,7 @@
 #define PBK_MAX_BLOCKS (1u << 28)
 
 enum pbk_record_type {
-    PBK_RECORD_BOOT = 1,
+    PBK_RECORD_SESSION = 1,
     PBK_RECORD_PAGES = 2,
     PBK_RECORD_PAGES_LIVE = 3,
     PBK_RECORD_LIMIT = 4,
@@ -87,11 +87,11 @@ typedef int (*pbk_journal_visit)(void *arg, const uint8_t *payload, size_t n);
 
 /*
  * Reads the journal from its header to the first frame that does not check. PAGES_LIVE counts only behind a BOOT that names
- * boot_id, so an id of zeros gives what would be left after a power cut; of a block that is in the object anyway, it counts in
+ * session, so an id of zeros gives what would be left after a power cut; of a block that is in the object anyway, it counts in
  * any case as a sign that the block was changed. 0, or -errno: -EIO for a header or for a frame that
  * checks but can't be meant. Call pbk_journal_scan_free in any case.
  */
-int pbk_journal_scan(int fd, const uint8_t boot_id[16], pbk_journal_visit visit, void *arg,
+int pbk_journal_scan(int fd, const uint8_t session[16], pbk_journal_visit visit, void *arg,
                      struct pbk_journal_scan *scan);
 void pbk_journal_scan_free(struct pbk_journal_scan *);
 
