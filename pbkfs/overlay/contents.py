@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pbkfs import _native
 from pbkfs.overlay import journal as records
 from pbkfs.overlay.inode import NOT_LOADED, File, Inode, Piece
-from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
+from pbkfs.overlay.journal import NO_LIMIT
 from pbkfs.overlay.layer import EMPTY_MAP, Layer, Named, PageMap
 from pbkfs.overlay.ledger import Orphan
 from pbkfs.overlay.namespace import Namespace
@@ -109,18 +109,12 @@ class Contents:
 
     def _attach(self, file: File, piece: Piece, *, is_fresh: bool = False) -> None:
         page_map = self._stack.live.page_maps.get(piece.object_id, EMPTY_MAP)
-        limit = NO_LIMIT
-        if piece.is_mapped:
-            size = self._stack.live.objects.stat(piece.object_id).st_size
-            found = self._stack.live_limit(file, piece, size)
-            # A limit that is not the length of the version below makes the native half sync the
-            # journal before the file grows.
-            limit = NO_LIMIT if found == count_blocks(file.size) else found
         self.nodes.attach(
             file.ino,
             piece.object_id,
             bitmap=page_map.changed,
-            limit=limit,
+            # As recorded: an object that is shorter was cut, and the native half records that.
+            limit=page_map.limit,
             mapped=piece.is_mapped,
             fresh=is_fresh,
             hydrated=page_map.hydrated,
@@ -142,11 +136,10 @@ class Contents:
             self.nodes.remove(inode.ino)
 
     def finish_truncations(self, named: Mapping[int, Named]) -> None:
-        """Record the limits that a crash between truncation and LIMIT record left out.
+        """Record the truncations that a crash between the object and its records left out.
 
-        Without it, the old content would come back from below once the file grows again. The cut
-        block, if there is one, is made the object's own first, because its tail must not come
-        back either.
+        Without that, the old content would come back from below once the file grows again. Opening
+        does it, and holds growth back until it is durable.
         """
         for object_id, found in named.items():
             page_map = self._stack.live.page_maps.get(object_id, EMPTY_MAP)
@@ -155,18 +148,10 @@ class Contents:
                 continue
             file = self._namespace.resolve(found.path)
             assert isinstance(file, File)
-            size = self._stack.live.objects.stat(object_id).st_size
             self._stack.load(file)
-            if count_blocks(size) >= min(page_map.limit, count_blocks(file.size)):
-                continue
-            self.open(file)
-            block, n_bytes = divmod(size, BLOCK_BYTES)
-            if n_bytes:
-                start = block * BLOCK_BYTES
-                self.nodes.write(file.ino, start, self.nodes.read(file.ino, start, n_bytes))
-                self.nodes.fsync(file.ino, False)
-            limit = records.encode_limit(object_id, count_blocks(size))
-            self._stack.live.append(limit, label="limit")
+            size = self._stack.live.objects.stat(object_id).st_size
+            if count_blocks(size) < min(page_map.limit, count_blocks(file.size)):
+                self.open(file)
 
     # --- making and changing ----------------------------------------------------------------
 

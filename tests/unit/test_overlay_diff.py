@@ -400,6 +400,21 @@ def test_truncation_without_its_record_is_completed(place: TreePlace, size: int)
     assert place.driver.read_file(RELATION) == expected, "old content came back from below"
 
 
+@pytest.mark.parametrize("size", [PAGE, PAGE + 100, 0])
+def test_growth_waits_for_a_completed_truncation(place: TreePlace, size: int) -> None:
+    """What the mount recorded of it is not known to be durable when the file grows."""
+    place.open()
+    write(place, RELATION, pattern(2, 10), 3 * PAGE)
+    place.close()
+    [path] = place.object_paths()
+    os.truncate(path, size)
+    place.open()
+    place.driver.truncate(RELATION, 3 * PAGE)
+    place.cut_power()
+    expected = pattern(1, size).ljust(3 * PAGE, b"\0")
+    assert place.driver.read_file(RELATION) == expected, "old content came back from below"
+
+
 def test_journal_is_rewritten_when_most_of_it_is_dead(
     place: TreePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
