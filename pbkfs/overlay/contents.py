@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pbkfs import _native
 from pbkfs.overlay import journal as records
 from pbkfs.overlay.inode import NOT_LOADED, File, Inode, Piece
-from pbkfs.overlay.journal import NO_LIMIT
+from pbkfs.overlay.journal import BLOCK_BYTES, NO_LIMIT
 from pbkfs.overlay.layer import EMPTY_MAP, Layer, Named, PageMap
 from pbkfs.overlay.ledger import Orphan
 from pbkfs.overlay.namespace import Namespace
@@ -138,8 +138,8 @@ class Contents:
     def finish_truncations(self, named: Mapping[int, Named]) -> None:
         """Record the truncations that a crash between the object and its records left out.
 
-        Without that, the old content would come back from below once the file grows again. Opening
-        does it, and holds growth back until it is durable.
+        Without that, the old content would come back from below once the file grows again, be it in
+        a layer above. Opening does it, and holds growth back until it is durable.
         """
         for object_id, found in named.items():
             page_map = self._stack.live.page_maps.get(object_id, EMPTY_MAP)
@@ -150,7 +150,7 @@ class Contents:
             assert isinstance(file, File)
             self._stack.load(file)
             size = self._stack.live.objects.stat(object_id).st_size
-            if count_blocks(size) < min(page_map.limit, count_blocks(file.size)):
+            if _is_cut_unrecorded(page_map, size, file.size):
                 self.open(file)
 
     # --- making and changing ----------------------------------------------------------------
@@ -463,3 +463,16 @@ class Contents:
                 first = first or error
         if first is not None:
             raise first
+
+
+def _is_cut_unrecorded(page_map: PageMap, size: int, below: int) -> bool:
+    """Return whether an object of ``size`` was truncated and the journal does not say all of that.
+
+    ``below`` is the size of what is below it. pbk_node_attach looks for the same.
+    """
+    n_blocks, limit = count_blocks(size), min(page_map.limit, count_blocks(below))
+    if size >= below or n_blocks > limit:
+        return False
+    block, n_bytes = divmod(size, BLOCK_BYTES)
+    is_changed = int.from_bytes(page_map.changed, "little") >> block & 1
+    return n_blocks < limit or (n_bytes > 0 and not is_changed)

@@ -415,6 +415,27 @@ def test_growth_waits_for_a_completed_truncation(place: TreePlace, size: int) ->
     assert place.driver.read_file(RELATION) == expected, "old content came back from below"
 
 
+def test_cut_inside_of_the_last_block_is_completed_for_the_layers_above(place: TreePlace) -> None:
+    """No limit falls then, and nobody opens the file before it is sealed."""
+    place.open()
+    handle = place.driver.open(RELATION, os.O_RDWR)
+    place.driver.ftruncate(handle, 3 * PAGE)
+    place.driver.fsync(handle)
+    size = 2 * PAGE + PAGE // 2
+    place.driver.ftruncate(handle, size)
+    place.cut_power()
+    place.seal_live()
+    handle = place.driver.open(RELATION, os.O_RDWR)
+    place.driver.ftruncate(handle, 4 * PAGE)
+    place.driver.fsync(handle)
+    place.driver.close(handle)
+    expected = pattern(1, size).ljust(4 * PAGE, b"\0")
+    assert place.driver.read_file(RELATION) == expected
+    place.seal_live()
+    place.reopen()
+    assert place.driver.read_file(RELATION) == expected, "old content came back from below"
+
+
 def test_journal_is_rewritten_when_most_of_it_is_dead(
     place: TreePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
