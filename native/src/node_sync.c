@@ -220,3 +220,11 @@ int pbk_node_fsync(struct pbk_node *node, bool datasync)
         err = pbk_journal_sync(journal);
     return err;
 }
+
+int pbk_node_sync_error(struct pbk_node *node)
+{
+    pthread_rwlock_rdlock(&node->lock);
+    int err = node->object != NULL ? atomic_load(&node->object->file.sync_error) : 0;
+    pthread_rwlock_unlock(&node->lock);
+    return err;
+}

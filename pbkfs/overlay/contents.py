@@ -441,21 +441,26 @@ class Contents:
 
         Beyond some thousand files one syncfs is faster than a flush of the disk's cache for each;
         below, it would wait for what others wrote to the same file system. Page maps are left to
-        be recorded either way.
+        be recorded either way. An object whose own sync has failed before is an error for good: the
+        kernel may have told of it then, and syncfs does not know.
         """
         first: OSError | None = None
         open_pieces = [
             (file.ino, piece) for file, piece in self.live_files() if self.nodes.has(file.ino)
         ]
+        is_synced = False
         if len(open_pieces) > _SYNCFS_FROM:
             try:
                 self._stack.live.sync_file_system()
-                open_pieces = [(ino, piece) for ino, piece in open_pieces if piece.is_mapped]
+                is_synced = True
             except OSError as error:
                 first = error
         for ino, piece in open_pieces:
             try:
-                self.nodes.fsync(ino, True)
+                if is_synced and not piece.is_mapped:
+                    self.nodes.check_synced(ino)
+                else:
+                    self.nodes.fsync(ino, True)
             except OSError as error:
                 _log.error(
                     "%s: cannot sync object %x: %s", self._stack.live.path, piece.object_id, error
