@@ -159,6 +159,9 @@ class Nodes:
     def fallocate(self, ino: int, mode: int, offset: int, length: int, /) -> None: ...
     def fsync(self, ino: int, datasync: bool, /) -> None:
         """Return when the file's data, its page records and the whole journal are durable."""
+    def check_synced(self, ino: int, /) -> None:
+        """Raise the OSError that a sync of the object has failed with since it was attached; it
+        syncs nothing."""
     def copy_to(self, ino: int, fd: int, /) -> None:
         """Write the whole visible content to a regular file, from its start, and set its size."""
     def hydrate(self, ino: int, offset: int, length: int, /) -> tuple[int, int | None]:

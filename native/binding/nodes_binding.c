@@ -760,6 +760,24 @@ static PyObject *nodes_fsync(struct nodes_object *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *nodes_check_synced(struct nodes_object *self, PyObject *arg)
+{
+    uint64_t ino;
+    int err;
+    if (!pbk_binding_u64(arg, &ino))
+        return NULL;
+    struct pbk_node *node = get_node(self, ino);
+    if (node == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = pbk_node_sync_error(node);
+    pbk_node_put(node);
+    Py_END_ALLOW_THREADS
+    if (err)
+        return pbk_binding_fail(err, NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *nodes_copy_to(struct nodes_object *self, PyObject *args)
 {
     uint64_t ino;
@@ -1123,6 +1141,7 @@ static PyMethodDef methods[] = {
     {"truncate", (PyCFunction)nodes_truncate, METH_VARARGS, "Set the size."},
     {"fallocate", (PyCFunction)nodes_fallocate, METH_VARARGS, "fallocate(2): allocate, punch, zero."},
     {"fsync", (PyCFunction)nodes_fsync, METH_VARARGS, "Make what was written and the journal durable."},
+    {"check_synced", (PyCFunction)nodes_check_synced, METH_O, "Raise what a sync of the object has failed with."},
     {"copy_to", (PyCFunction)nodes_copy_to, METH_VARARGS, "Write the whole visible content to a regular file."},
     {"hydrate", (PyCFunction)nodes_hydrate, METH_VARARGS,
      "Copy blocks up unchanged: (bytes copied, offset to go on from or None)."},

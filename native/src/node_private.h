@@ -70,6 +70,7 @@ struct pbk_object {
     bool is_fresh;             /* sync_lock */
     uint32_t recorded_limit;   /* sync_lock: the limit that a replay of the journal would find */
     uint64_t settled_end;      /* sync_lock: journal position behind what a growth has to wait for */
+    bool is_unrecorded;        /* sync_lock: a truncate failed before all that it has to record was appended */
     atomic_bool is_unsettled;  /* what a truncate recorded is missing or not durable: no growth before it is */
 };
 

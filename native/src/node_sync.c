@@ -159,14 +159,26 @@ out:
     return err;
 }
 
+/* Not to be taken for done before it has succeeded once. sync_lock held. */
+static int record_truncate(struct pbk_node *node)
+{
+    struct pbk_object *object = node->object;
+    object->is_unrecorded = true;
+    int err = node_sync_object(node, true);
+    if (err)
+        return err;
+    object->is_unrecorded = false;
+    if (object->store.journal != NULL)
+        object->settled_end = pbk_journal_end(object->store.journal);
+    return 0;
+}
+
 int node_record_truncate(struct pbk_node *node)
 {
     struct pbk_object *object = node->object;
     pthread_mutex_lock(&object->sync_lock);
     atomic_store(&object->is_unsettled, true);
-    int err = node_sync_object(node, true);
-    if (err == 0 && object->store.journal != NULL)
-        object->settled_end = pbk_journal_end(object->store.journal);
+    int err = record_truncate(node);
     pthread_mutex_unlock(&object->sync_lock);
     return err;
 }
@@ -180,8 +192,8 @@ int node_settle(struct pbk_node *node)
         return 0;
     pthread_mutex_lock(&object->sync_lock);
     if (atomic_load(&object->is_unsettled)) {
-        if (object->limit < object->recorded_limit)
-            err = node_sync_object(node, true);
+        if (object->is_unrecorded)
+            err = record_truncate(node);
         if (err == 0 && journal != NULL)
             err = pbk_journal_sync_to(journal, object->settled_end);
         if (err == 0)
@@ -206,5 +218,13 @@ int pbk_node_fsync(struct pbk_node *node, bool datasync)
     pthread_rwlock_unlock(&node->lock);
     if (err == 0 && journal != NULL)
         err = pbk_journal_sync(journal);
+    return err;
+}
+
+int pbk_node_sync_error(struct pbk_node *node)
+{
+    pthread_rwlock_rdlock(&node->lock);
+    int err = node->object != NULL ? atomic_load(&node->object->file.sync_error) : 0;
+    pthread_rwlock_unlock(&node->lock);
     return err;
 }

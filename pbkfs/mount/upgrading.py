@@ -44,6 +44,7 @@ def upgrade(mountpoint: Path | None, diff: Path | None) -> Upgraded:
     control.call(
         target.diff,
         "upgrade",
+        timeout_s=_LIMIT_S,  # it asks the file systems below, which write out first
         command=keeping.command(),
         ledger_version=ledger.VERSION,
         init_answer=init_answer(bytes.fromhex(before.get("init", ""))).hex(),

@@ -46,6 +46,7 @@ from pbkfs.mount.owner import host_name, this_process
 from pbkfs.mount.report import ReportWriter, error_to_fields
 from pbkfs.mount.request import reason
 from pbkfs.mount.sealing import Sealer
+from pbkfs.mount.write_errors import WriteErrors
 from pbkfs.overlay import ledger as ledgers
 from pbkfs.overlay.layer import OBJECTS
 from pbkfs.overlay.ledger import Ledger
@@ -126,9 +127,12 @@ def run_taken(taken: Taken) -> int:
         process.redirect(log_fd)
         faulthandler.enable(2)
         logger.warning("%s; this one takes over", taken.why)
+        write_errors = WriteErrors()
+        for fd in _objects_fds(taken):
+            write_errors.watch_again(fd)
         opened, ledger = takeover.open_taken(numbers, taken.fds)
         worker = Worker(opened, ReportWriter(-1), taken.link)
-        worker.take(taken, ledger)
+        worker.take(taken, ledger, write_errors)
         worker.was_ready = True
         return worker.run()
     except BaseException as caught:
@@ -141,6 +145,10 @@ def run_taken(taken: Taken) -> int:
         return EXIT_REFUSED if is_over or isinstance(error, takeover.RefusedError) else 1
     finally:
         logging.shutdown()
+
+
+def _objects_fds(taken: Taken) -> list[int]:
+    return [fd for name, fd in taken.fds.items() if name.startswith(takeover.OBJECTS_FD)]
 
 
 def _unwrap(error: BaseException) -> BaseException:
@@ -161,6 +169,7 @@ class Worker:
         self.taken: Taken | None = None
         self._objects_fd = -1
         self._devices: set[int] = set()
+        self._write_errors = WriteErrors()
         self.is_armed = False
         self.is_ending = False
         """It is unmounted; what fails now is not to be tried again by somebody who forgot why."""
@@ -332,15 +341,11 @@ class Worker:
 
     # --- surviving this process -------------------------------------------------------------------
 
-    def take(self, taken: Taken, ledger: Ledger) -> None:
+    def take(self, taken: Taken, ledger: Ledger, write_errors: WriteErrors) -> None:
         """Be the one who takes over, by what the keeper has kept."""
-        self.taken, self.ledger = taken, ledger
+        self.taken, self.ledger, self._write_errors = taken, ledger, write_errors
         # A younger descriptor would not know of older errors: see takeover.
-        self._devices = {
-            os.fstat(fd).st_dev
-            for name, fd in taken.fds.items()
-            if name.startswith(takeover.OBJECTS_FD)
-        }
+        self._devices = {os.fstat(fd).st_dev for fd in _objects_fds(taken)}
 
     def _begin_ledger(self) -> None:
         """Write down from now on what another worker would need."""
@@ -350,6 +355,7 @@ class Worker:
         with host_errors(opened.diff_path):
             # Before anything is written: a younger descriptor would not know of older errors.
             objects = opened.diff.live.path / OBJECTS
+            self._write_errors.watch(objects)
             self._objects_fd = os.open(objects, os.O_RDONLY | os.O_CLOEXEC)
             self.ledger = Ledger.make()
             opened.tree.keep_ledger(self.ledger)
@@ -438,6 +444,7 @@ class Worker:
         """
         if self.link is None or not self.is_armed or self.ledger is None:
             return
+        self._write_errors.watch(path / OBJECTS)
         fd = os.open(path / OBJECTS, os.O_RDONLY | os.O_CLOEXEC)
         try:
             device = os.fstat(fd).st_dev
@@ -669,6 +676,24 @@ class Worker:
             return await restacker.restack(request)
 
     async def _on_upgrade(self, request: dict[str, Any]) -> dict[str, Any]:
+        import trio
+
+        self._check_upgrade(request)
+        # Not the keeper's descriptors: who takes over asks those, and then it is too late.
+        found = await trio.to_thread.run_sync(self._write_errors.ask)
+        if found is not None:
+            raise HostError(
+                f"the mount on {self.opened.place.path} can't be taken over: {found}",
+                hint="Unmount it, and mount it again: the mount ends if its worker does, too.",
+            )
+        # That may have taken long.
+        link = self._check_upgrade(request)
+        link.send("replace", command=[str(part) for part in request["command"]])
+        return {"pid": os.getpid()}
+
+    def _check_upgrade(self, request: dict[str, Any]) -> Link:
+        """Return the link to the keeper. Raises HostError, BusyError where nobody can take over."""
+        assert self._session is not None
         assert self._unmounting is not None
         path = self.opened.place.path
         if self.link is None or not self.is_armed or self.ledger is None:
@@ -683,13 +708,12 @@ class Worker:
                 f"the mount on {path} can't be taken over by that version",
                 hint="Unmount it, and mount it again.",
             )
-        if self._unmounting.locked():
+        if self._unmounting.locked() or self._session.is_closed:
             raise BusyError(
                 f"the mount on {path} is being sealed, folded or unmounted",
                 hint="Try again when that is done.",
             )
-        self.link.send("replace", command=[str(part) for part in request["command"]])
-        return {"pid": os.getpid()}
+        return self.link
 
     def writeback(self) -> Writeback:
         """Return what the kernel may hold back, and what is kept for it."""

@@ -109,18 +109,12 @@ class Contents:
 
     def _attach(self, file: File, piece: Piece, *, is_fresh: bool = False) -> None:
         page_map = self._stack.live.page_maps.get(piece.object_id, EMPTY_MAP)
-        limit = NO_LIMIT
-        if piece.is_mapped:
-            size = self._stack.live.objects.stat(piece.object_id).st_size
-            found = self._stack.live_limit(file, piece, size)
-            # A limit that is not the length of the version below makes the native half sync the
-            # journal before the file grows.
-            limit = NO_LIMIT if found == count_blocks(file.size) else found
         self.nodes.attach(
             file.ino,
             piece.object_id,
             bitmap=page_map.changed,
-            limit=limit,
+            # As recorded: an object that is shorter was cut, and the native half records that.
+            limit=page_map.limit,
             mapped=piece.is_mapped,
             fresh=is_fresh,
             hydrated=page_map.hydrated,
@@ -142,11 +136,10 @@ class Contents:
             self.nodes.remove(inode.ino)
 
     def finish_truncations(self, named: Mapping[int, Named]) -> None:
-        """Record the limits that a crash between truncation and LIMIT record left out.
+        """Record the truncations that a crash between the object and its records left out.
 
-        Without it, the old content would come back from below once the file grows again. The cut
-        block, if there is one, is made the object's own first, because its tail must not come
-        back either.
+        Without that, the old content would come back from below once the file grows again, be it in
+        a layer above. Opening does it, and holds growth back until it is durable.
         """
         for object_id, found in named.items():
             page_map = self._stack.live.page_maps.get(object_id, EMPTY_MAP)
@@ -155,18 +148,10 @@ class Contents:
                 continue
             file = self._namespace.resolve(found.path)
             assert isinstance(file, File)
-            size = self._stack.live.objects.stat(object_id).st_size
             self._stack.load(file)
-            if count_blocks(size) >= min(page_map.limit, count_blocks(file.size)):
-                continue
-            self.open(file)
-            block, n_bytes = divmod(size, BLOCK_BYTES)
-            if n_bytes:
-                start = block * BLOCK_BYTES
-                self.nodes.write(file.ino, start, self.nodes.read(file.ino, start, n_bytes))
-                self.nodes.fsync(file.ino, False)
-            limit = records.encode_limit(object_id, count_blocks(size))
-            self._stack.live.append(limit, label="limit")
+            size = self._stack.live.objects.stat(object_id).st_size
+            if _is_cut_unrecorded(page_map, size, file.size):
+                self.open(file)
 
     # --- making and changing ----------------------------------------------------------------
 
@@ -456,21 +441,26 @@ class Contents:
 
         Beyond some thousand files one syncfs is faster than a flush of the disk's cache for each;
         below, it would wait for what others wrote to the same file system. Page maps are left to
-        be recorded either way.
+        be recorded either way. An object whose own sync has failed before is an error for good: the
+        kernel may have told of it then, and syncfs does not know.
         """
         first: OSError | None = None
         open_pieces = [
             (file.ino, piece) for file, piece in self.live_files() if self.nodes.has(file.ino)
         ]
+        is_synced = False
         if len(open_pieces) > _SYNCFS_FROM:
             try:
                 self._stack.live.sync_file_system()
-                open_pieces = [(ino, piece) for ino, piece in open_pieces if piece.is_mapped]
+                is_synced = True
             except OSError as error:
                 first = error
         for ino, piece in open_pieces:
             try:
-                self.nodes.fsync(ino, True)
+                if is_synced and not piece.is_mapped:
+                    self.nodes.check_synced(ino)
+                else:
+                    self.nodes.fsync(ino, True)
             except OSError as error:
                 _log.error(
                     "%s: cannot sync object %x: %s", self._stack.live.path, piece.object_id, error
@@ -478,3 +468,16 @@ class Contents:
                 first = first or error
         if first is not None:
             raise first
+
+
+def _is_cut_unrecorded(page_map: PageMap, size: int, below: int) -> bool:
+    """Return whether an object of ``size`` was truncated and the journal does not say all of that.
+
+    ``below`` is the size of what is below it. pbk_node_attach looks for the same.
+    """
+    n_blocks, limit = count_blocks(size), min(page_map.limit, count_blocks(below))
+    if size >= below or n_blocks > limit:
+        return False
+    block, n_bytes = divmod(size, BLOCK_BYTES)
+    is_changed = int.from_bytes(page_map.changed, "little") >> block & 1
+    return n_blocks < limit or (n_bytes > 0 and not is_changed)

@@ -436,3 +436,28 @@ def test_removed_file_of_a_sealed_layer_gives_its_space_back(memory: Path) -> No
     finally:
         kernel.stop()
         os.close(kernel.ledger_fd)
+
+
+def test_truncation_that_a_death_left_unrecorded_holds_without_a_name(memory: Path) -> None:
+    """The next worker records it: the one after that sees the file only as it has grown again."""
+    lower = memory / "lower"
+    lower.mkdir()
+    make_lower(lower)
+    kernel = _Kernel(lower, memory / "diff", 1)
+    try:
+        directory = kernel.ask("lookup", kernel.ask("lookup", 1, b"base"), b"5")
+        ino = kernel.ask("lookup", directory, b"16384")
+        before = kernel.ask("read", ino)
+        kernel.ask("write", ino, 0, before[:1])
+        kernel.ask("unlink", directory, b"16384")
+        [path] = [path for path in (memory / "diff/objects").rglob("*") if path.is_file()]
+        os.truncate(path, 2 * PAGE)
+        kernel.ask("create", 1, b"one", die=1)
+        assert kernel.ask("read", ino) == before[: 2 * PAGE]
+        kernel.ask("truncate", ino, len(before))
+        kernel.ask("create", 1, b"two", die=1)
+        assert kernel.n_deaths >= 2
+        assert kernel.ask("read", ino) == before[: 2 * PAGE].ljust(len(before), b"\0")
+    finally:
+        kernel.stop()
+        os.close(kernel.ledger_fd)

@@ -20,6 +20,7 @@ from native_store import (
     blocks_in,
     compose,
     page,
+    pages_record,
 )
 
 from pbkfs import _native
@@ -201,6 +202,32 @@ def test_cut_inside_of_a_page_that_cannot_be_read(place: Place) -> None:
     assert place.nodes.size(2) == 2 * BLCKSZ
     place.nodes.truncate(2, BLCKSZ)
     assert place.nodes.size(2) == BLCKSZ
+
+
+def test_growth_waits_for_a_cut_whose_record_failed() -> None:
+    """No limit falls: the record that is missing is the one of the cut block."""
+    with Place() as place:
+        place.nodes.add(INO, 2 * BLCKSZ, place.store_raw(page(2) * 2))
+        place.attach(INO, OBJECT, 2 * BLCKSZ)
+        # The journal becomes longer than the object, so that a limit ends the journal only.
+        while place.journal.end <= 2 * BLCKSZ:
+            place.journal.append(b"\x01" + BOOT_ID)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # Room for PAGES_LIVE, and not for PAGES.
+        n_bytes = 8 + len(pages_record(OBJECT, {1}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (place.journal.end + n_bytes, hard))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                place.nodes.truncate(INO, BLCKSZ + 5)
+            assert live_blocks(place) == {1}
+            with pytest.raises(OSError, match="too large"):
+                place.nodes.truncate(INO, 2 * BLCKSZ)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        place.nodes.truncate(INO, 2 * BLCKSZ)
+        assert durable_blocks(place) == {1}
+        assert place.journal.synced == place.journal.end
+        assert place.nodes.read(INO, BLCKSZ, BLCKSZ) == page(2)[:5].ljust(BLCKSZ, b"\0")
 
 
 # --- failures -----------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import trio
 
 from pbkfs._native import Dispatcher
 from pbkfs.errors import NotRunningError, PbkfsError
-from pbkfs.mount import sealing, takeover, upgrading
+from pbkfs.mount import sealing, takeover, upgrading, write_errors
+from pbkfs.mount.write_errors import WriteErrors
 from pbkfs.overlay import ledger as ledgers
 from pbkfs.overlay.ledger import Ledger, read_ledger
 from pbkfs.overlay.sealing import BrokenSealError
@@ -72,6 +73,37 @@ def test_write_error_ends_the_mount(tmp_path: Path) -> None:
     assert check_in_child(ledger, tmp_path, fail) == takeover.EXIT_REFUSED
     with pytest.raises(PbkfsError):
         read_ledger(ledger.fd)
+
+
+def test_write_error_that_was_told_once_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for an upgrade again gets the same answer."""
+    asked: list[int] = []
+
+    def fail_once(fd: int) -> None:
+        asked.append(fd)
+        if len(asked) == 1:
+            raise OSError(5, "Input/output error")
+
+    errors = WriteErrors()
+    errors.watch(tmp_path)
+    errors.watch(tmp_path)
+    assert errors.ask() is None
+    monkeypatch.setattr(write_errors, "sync_file_system", fail_once)
+    for _ in range(2):
+        found = errors.ask()
+        assert found is not None
+        assert found.endswith(f"{tmp_path} tells of a write error: input/output error")
+    assert len(asked) == 2
+
+
+def test_file_system_that_cannot_be_watched_is_not_trusted() -> None:
+    errors = WriteErrors()
+    errors.watch_again(-1)
+    found = errors.ask()
+    assert found is not None
+    assert "can't be asked for write errors" in found
 
 
 @pytest.mark.expect_log("half changed")

@@ -537,6 +537,42 @@ def test_truncation_without_its_record_is_completed(place: TreePlace, size: int)
     assert place.driver.read_file(RELATION) == expected, "old content came back from below"
 
 
+@pytest.mark.parametrize("size", [PAGE, PAGE + 100, 0])
+def test_growth_waits_for_a_completed_truncation(place: TreePlace, size: int) -> None:
+    """What the mount recorded of it is not known to be durable when the file grows."""
+    place.open()
+    write(place, RELATION, pattern(2, 10), 3 * PAGE)
+    place.close()
+    [path] = place.object_paths()
+    os.truncate(path, size)
+    place.open()
+    place.driver.truncate(RELATION, 3 * PAGE)
+    place.cut_power()
+    expected = pattern(1, size).ljust(3 * PAGE, b"\0")
+    assert place.driver.read_file(RELATION) == expected, "old content came back from below"
+
+
+def test_cut_inside_of_the_last_block_is_completed_for_the_layers_above(place: TreePlace) -> None:
+    """No limit falls then, and nobody opens the file before it is sealed."""
+    place.open()
+    handle = place.driver.open(RELATION, os.O_RDWR)
+    place.driver.ftruncate(handle, 3 * PAGE)
+    place.driver.fsync(handle)
+    size = 2 * PAGE + PAGE // 2
+    place.driver.ftruncate(handle, size)
+    place.cut_power()
+    place.seal_live()
+    handle = place.driver.open(RELATION, os.O_RDWR)
+    place.driver.ftruncate(handle, 4 * PAGE)
+    place.driver.fsync(handle)
+    place.driver.close(handle)
+    expected = pattern(1, size).ljust(4 * PAGE, b"\0")
+    assert place.driver.read_file(RELATION) == expected
+    place.seal_live()
+    place.reopen()
+    assert place.driver.read_file(RELATION) == expected, "old content came back from below"
+
+
 def test_journal_is_rewritten_when_most_of_it_is_dead(
     place: TreePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

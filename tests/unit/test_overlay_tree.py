@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from conformance.file_machine import PAGE, make_lower, pattern, take_snapshot
 from conformance.tree_place import OWNER, TreePlace, open_place
+from faulty import Faulty
 
 from pbkfs.backup.base import BaseEntry, Kind
 from pbkfs.backup.empty import EmptyBase
 from pbkfs.errors import FormatError
 from pbkfs.overlay import attributes, contents
+from pbkfs.overlay.journal import encode_boot, encode_frame
 from pbkfs.overlay.namespace import Namespace
 from pbkfs.overlay.tree import RENAME_EXCHANGE, RENAME_NOREPLACE, Attr, Tree
 
@@ -759,3 +761,30 @@ def test_closing_makes_all_durable(place: TreePlace) -> None:
     assert place.driver.stat(b"made").kind == "dir"
     place.tree.close()
     place.tree.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a file system that fails")
+@pytest.mark.expect_log("cannot sync object")
+@pytest.mark.parametrize("syncfs_from", [0, 2000])
+def test_end_fails_where_a_sync_has_failed(
+    place: TreePlace, monkeypatch: pytest.MonkeyPatch, syncfs_from: int
+) -> None:
+    """However many files there are, and also if nothing fails any more."""
+    monkeypatch.setattr(contents, "_SYNCFS_FROM", syncfs_from)
+    place.close()
+    faulty = Faulty(place.live_path / "objects")
+    try:
+        place.open()
+        handle = place.driver.open(b"work", os.O_RDWR | os.O_CREAT)
+        place.driver.pwrite(handle, b"content", 0)
+        faulty.fail({"op": "fsync", "path": "", "errno": errno.EIO})
+        with raises(errno.EIO):
+            place.driver.fsync(handle)
+        faulty.fail()
+        with raises(errno.EIO):
+            place.close()
+    finally:
+        place.drop()
+        faulty.close()
+    mark = encode_frame(encode_boot(place.boot.to_bytes(16, "big")))
+    assert not place.journal_records().endswith(mark)

@@ -148,6 +148,9 @@ void pbk_nodes_restack(struct pbk_restack *all);
 /* Makes all objects and the journal durable: the first -errno, after trying all. */
 int pbk_nodes_sync(struct pbk_nodes *);
 
+/* The -errno that a sync of the object has failed with since it was attached, else 0; syncs nothing. */
+int pbk_node_sync_error(struct pbk_node *);
+
 /* The page map of a mapped object; words are n_words each and the caller's to free. */
 struct pbk_page_map {
     uint64_t *changed;
