@@ -18,6 +18,9 @@ from fix_postgres import wait_until
 
 MIB = 1 << 20
 
+WAITING = "no space left for the diff: written pages wait until there is some"
+NO_LONGER = "no written page waits for space any more"
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a small file system")
 
 
@@ -78,6 +81,11 @@ def is_full(at: Place) -> bool:
     return bool(mine(at)[0]["state"] == "full")
 
 
+def wait_until_said(at: Place, words: str) -> None:
+    """The log is written beside the answers."""
+    wait_until(lambda: words in at.log())
+
+
 def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[int], None]) -> None:
     at.expected += ["no space left", "waits for space any more"]
     _, old = add_relation(base, 40)
@@ -87,6 +95,8 @@ def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[in
     writer = Writer(relation, new)
     wait_until(lambda: is_full(at))
     assert "disk is full" in run_pbkfs("stat", "-D", at.mnt).stdout
+    wait_until_said(at, WAITING)
+    assert NO_LONGER not in at.log()
     # Everything else goes on: what is there is read, and a change that needs no space is made.
     assert (at.mnt / "PG_VERSION").read_text() == "15\n"
     os.rename(at.mnt / "postgresql.conf", at.mnt / "renamed.conf")
@@ -99,6 +109,7 @@ def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[in
     assert writer.error() == 0
     assert relation.read_bytes() == new
     assert not is_full(at)
+    wait_until_said(at, NO_LONGER)
     run_pbkfs("unmount", "-D", at.mnt)
     at.mount("--reuse")
     assert relation.read_bytes() == new
