@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faulty import Faulty
 from fix_mounts import run_pbkfs
 from fix_place import Place, fill, mine
 from fix_postgres import wait_until
@@ -176,6 +177,47 @@ def test_waiting_ends_in_an_error(
         for at, to in ((n, n + 8192) for n in range(0, len(old), 8192))
     }
     assert pages == {"old", "new"}
+
+
+@pytest.mark.parametrize("how", ["wait", "error"])
+@pytest.mark.parametrize("op", ["write", "create"])
+def test_a_quota_that_is_used_up_is_a_full_disk(at: Place, base: Path, op: str, how: str) -> None:
+    """Where pages are written to an object that is there, and where one has to be made."""
+    _, old = add_relation(base, 1)
+    relation = at.mnt / "base" / "1" / "16384"
+    at.mount("--base", base)
+    if op == "write":
+        assert Writer(relation, b"first").error() == 0
+        old = b"first" + old[5:]
+    run_pbkfs("unmount", "-D", at.mnt)
+    faulty = Faulty(at.diff / "objects")
+    try:
+        at.mount("--reuse", "--on-full", how)
+        new = random.Random(2).randbytes(len(old))
+        faulty.fail({"op": op, "path": "", "errno": errno.EDQUOT})
+        writer = Writer(relation, new)
+        if how == "wait":
+            at.expected += [WAITING, NO_LONGER]
+            wait_until(lambda: is_full(at))
+            wait_until_said(at, WAITING)
+            assert writer.is_waiting()
+            faulty.fail()
+            assert writer.error() == 0
+            wait_until_said(at, NO_LONGER)
+        else:
+            assert writer.error() == errno.EDQUOT
+            os.posix_fadvise(fd := os.open(relation, os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+            assert relation.read_bytes() == old
+            faulty.fail()
+            assert Writer(relation, new).error() == 0
+        assert not is_full(at)
+        run_pbkfs("unmount", "-D", at.mnt)
+        at.mount("--reuse")
+        assert relation.read_bytes() == new
+    finally:
+        at.close()
+        faulty.close()
 
 
 @pytest.mark.usefixtures("small")
