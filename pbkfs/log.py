@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import logging.handlers
-import os
 import socket
 import time
 import traceback
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal
+
+from pbkfs.plain_file import open_plain
 
 Format = Literal["text", "json"]
 Sink = Literal["file", "journald", "stderr"]
@@ -99,7 +100,7 @@ def _journal_field(name: str, value: str) -> bytes:
 class _LogFile(logging.handlers.WatchedFileHandler):
     """A file that is opened again after a rotation; 0640, because a worker's umask is 0.
 
-    Not through a symbolic link, which whoever may write to its directory could lead anywhere.
+    Only a regular one, which is looked at each time that it is opened.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -111,7 +112,7 @@ class _LogFile(logging.handlers.WatchedFileHandler):
 
     def _open(self) -> TextIOWrapper:
         def opener(path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+            return open_plain(path, flags, 0o640)
 
         file = open(  # noqa: SIM115 - the handler closes it
             self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=opener
