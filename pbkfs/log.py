@@ -122,11 +122,17 @@ class _LogFile(logging.handlers.WatchedFileHandler):
 
 
 def configure(
-    sink: Sink, *, path: Path | None = None, style: Format = "text", debug: bool = False
+    sink: Sink,
+    *,
+    path: Path | None = None,
+    style: Format = "text",
+    debug: bool = False,
+    is_delayed: bool = False,
 ) -> int | None:
     """Send all log lines to ``sink``; replaces what was configured before.
 
-    ``path`` is needed for ``file``; the file is opened again after a rotation. Returns the file's
+    ``path`` is needed for ``file``; the file is opened again after a rotation, and with
+    ``is_delayed`` for the first time when a line is written. Returns the file's
     descriptor where there is one (for a crash's last words), else None. Raises OSError.
     """
     handler: logging.Handler
@@ -135,9 +141,8 @@ def configure(
         handler = JournalHandler()
     elif sink == "file":
         assert path is not None
-        handler = _LogFile(path, encoding="utf-8", errors="replace")
-        assert handler.stream is not None
-        fd = handler.stream.fileno()
+        handler = _LogFile(path, encoding="utf-8", errors="replace", delay=is_delayed)
+        fd = None if handler.stream is None else handler.stream.fileno()
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())

@@ -24,12 +24,19 @@ class StartAbortedError(PbkfsError):
     slug, exit_code = "aborted", 130
 
 
-def configure_log(options: LogOptions, diff: Path, *, is_console: bool) -> int | None:
-    """Set the worker's log up as asked; returns the log file's descriptor or None."""
+def configure_log(
+    options: LogOptions, diff: Path, *, is_console: bool, is_needed: bool = True
+) -> int | None:
+    """Set the worker's log up as asked; returns the log file's descriptor or None.
+
+    Raises HostError where it can't be written, unless the worker is to go on without.
+    """
     if options.sink == "journald":
         try:
             return log.configure("journald", style=options.style, debug=options.debug)
         except OSError as error:
+            if not is_needed:
+                return None
             raise HostError(
                 f"cannot reach journald: {reason(error)}",
                 hint="Use --log-sink file where no systemd-journald runs.",
@@ -43,6 +50,11 @@ def configure_log(options: LogOptions, diff: Path, *, is_console: bool) -> int |
             path.parent.mkdir(mode=0o711, exist_ok=True)
         return log.configure("file", path=path, style=options.style, debug=options.debug)
     except OSError as error:
+        if not is_needed:
+            # Each line tries anew.
+            return log.configure(
+                "file", path=path, style=options.style, debug=options.debug, is_delayed=True
+            )
         raise own_file_error("log file", path, error) from error
 
 
