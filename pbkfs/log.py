@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import logging.handlers
-import os
 import socket
 import time
 import traceback
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal
+
+from pbkfs.plain_file import open_plain
 
 Format = Literal["text", "json"]
 Sink = Literal["file", "journald", "stderr"]
@@ -99,7 +100,7 @@ def _journal_field(name: str, value: str) -> bytes:
 class _LogFile(logging.handlers.WatchedFileHandler):
     """A file that is opened again after a rotation; 0640, because a worker's umask is 0.
 
-    Not through a symbolic link, which whoever may write to its directory could lead anywhere.
+    Only a regular one, which is looked at each time that it is opened.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -111,7 +112,7 @@ class _LogFile(logging.handlers.WatchedFileHandler):
 
     def _open(self) -> TextIOWrapper:
         def opener(path: str, flags: int) -> int:
-            return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+            return open_plain(path, flags, 0o640)
 
         file = open(  # noqa: SIM115 - the handler closes it
             self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=opener
@@ -121,11 +122,17 @@ class _LogFile(logging.handlers.WatchedFileHandler):
 
 
 def configure(
-    sink: Sink, *, path: Path | None = None, style: Format = "text", debug: bool = False
+    sink: Sink,
+    *,
+    path: Path | None = None,
+    style: Format = "text",
+    debug: bool = False,
+    is_delayed: bool = False,
 ) -> int | None:
     """Send all log lines to ``sink``; replaces what was configured before.
 
-    ``path`` is needed for ``file``; the file is opened again after a rotation. Returns the file's
+    ``path`` is needed for ``file``; the file is opened again after a rotation, and with
+    ``is_delayed`` for the first time when a line is written. Returns the file's
     descriptor where there is one (for a crash's last words), else None. Raises OSError.
     """
     handler: logging.Handler
@@ -134,9 +141,8 @@ def configure(
         handler = JournalHandler()
     elif sink == "file":
         assert path is not None
-        handler = _LogFile(path, encoding="utf-8", errors="replace")
-        assert handler.stream is not None
-        fd = handler.stream.fileno()
+        handler = _LogFile(path, encoding="utf-8", errors="replace", delay=is_delayed)
+        fd = None if handler.stream is None else handler.stream.fileno()
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())

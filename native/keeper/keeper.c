@@ -38,6 +38,7 @@
 #include <sys/mount.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -148,8 +149,11 @@ static void say(const char *format, ...)
     int fd = open(log_path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NOFOLLOW | O_NONBLOCK, 0640);
     if (fd < 0)
         return;
-    ssize_t written = write(fd, line, (size_t)length);
-    (void)written; /* there is nobody else to tell */
+    struct stat st;
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) {
+        ssize_t written = write(fd, line, (size_t)length);
+        (void)written; /* there is nobody else to tell */
+    }
     close(fd);
 }
 

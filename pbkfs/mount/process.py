@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pbkfs import log
 from pbkfs.errors import HostError, PbkfsError
-from pbkfs.mount.request import LogOptions, reason
+from pbkfs.mount.request import LogOptions, own_file_error, reason
+from pbkfs.plain_file import open_plain
 
 
 class StartAbortedError(PbkfsError):
@@ -23,12 +24,19 @@ class StartAbortedError(PbkfsError):
     slug, exit_code = "aborted", 130
 
 
-def configure_log(options: LogOptions, diff: Path, *, is_console: bool) -> int | None:
-    """Set the worker's log up as asked; returns the log file's descriptor or None."""
+def configure_log(
+    options: LogOptions, diff: Path, *, is_console: bool, is_needed: bool = True
+) -> int | None:
+    """Set the worker's log up as asked; returns the log file's descriptor or None.
+
+    Raises HostError where it can't be written, unless the worker is to go on without.
+    """
     if options.sink == "journald":
         try:
             return log.configure("journald", style=options.style, debug=options.debug)
         except OSError as error:
+            if not is_needed:
+                return None
             raise HostError(
                 f"cannot reach journald: {reason(error)}",
                 hint="Use --log-sink file where no systemd-journald runs.",
@@ -42,10 +50,12 @@ def configure_log(options: LogOptions, diff: Path, *, is_console: bool) -> int |
             path.parent.mkdir(mode=0o711, exist_ok=True)
         return log.configure("file", path=path, style=options.style, debug=options.debug)
     except OSError as error:
-        raise HostError(
-            f"cannot write log file {path}: {reason(error)}",
-            hint="Name a place that this user can write to: --log-file FILE.",
-        ) from error
+        if not is_needed:
+            # Each line tries anew.
+            return log.configure(
+                "file", path=path, style=options.style, debug=options.debug, is_delayed=True
+            )
+        raise own_file_error("log file", path, error) from error
 
 
 def redirect(log_fd: int | None) -> None:
@@ -64,17 +74,14 @@ def raise_descriptor_limit() -> None:
 
 
 def write_pid_file(path: Path | None, pid: int) -> None:
-    """Write ``pid`` to ``path``, if there is one; not through a symbolic link. Raises HostError."""
+    """Write ``pid`` to ``path``, if there is one; only to a regular file. Raises HostError."""
     if path is None:
         return
     try:
         with open(path, "w", encoding="ascii", opener=_open_public) as file:
             file.write(f"{pid}\n")
     except OSError as error:
-        raise HostError(
-            f"cannot write pid file {path}: {reason(error)}",
-            hint="Name a place that this user can write to: --pid-file FILE.",
-        ) from error
+        raise own_file_error("pid file", path, error) from error
 
 
 def remove_pid_file(path: Path | None, pid: int) -> None:
@@ -82,13 +89,15 @@ def remove_pid_file(path: Path | None, pid: int) -> None:
     if path is None:
         return
     with contextlib.suppress(OSError):
-        if path.read_text(encoding="ascii").strip() == str(pid):
+        with open(open_plain(path, os.O_RDONLY), "rb") as file:
+            is_ours = file.read(32).strip() == str(pid).encode()
+        if is_ours:
             path.unlink()
 
 
 def _open_public(path: str, flags: int) -> int:
     # The worker's umask is 0, for the modes of the files it serves.
-    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
+    return open_plain(path, flags, 0o644)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pwd
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbkfs import log
+from pbkfs import log, plain_file
 from pbkfs.errors import BusyError, DiffError, HostError, NotFoundError, UsageError
 from pbkfs.mount import mounts
 from pbkfs.mount.binding import BaseAddress
@@ -238,18 +238,31 @@ def check_own_files(request: MountRequest, mountpoint: Path, base: BaseAddress) 
     """Raise UsageError for a log or pid file of the worker inside of the mount or of the base.
 
     ``mountpoint`` and the base's path are resolved. Inside of its mount the worker would wait for
-    its own answer, for ever.
+    its own answer, for ever. Raises HostError for what is there and no regular file: the pid file
+    is written when the mount is up.
     """
-    for name, path in (("log file", request.log.path), ("pid file", request.pid_file)):
-        if path is None:
+    for name, named in (("log file", request.log.path), ("pid file", request.pid_file)):
+        if named is None:
             continue
-        path = mounts.resolve(path)
+        path = mounts.resolve(named)
         for around, directory in (("mount point", mountpoint), *_places_of(base)):
             if directory in path.parents:
                 raise UsageError(
                     f"{name} {path} lies inside of {around} {directory}",
                     hint="Name a file in another directory.",
                 )
+        try:
+            plain_file.check(named)
+        except OSError as error:
+            raise own_file_error(name, named, error) from error
+
+
+def own_file_error(name: str, path: Path, error: OSError) -> HostError:
+    """Return what is said where a log file or pid file can't be written."""
+    return HostError(
+        f"cannot write {name} {path}: {reason(error)}",
+        hint=f"Name a regular file where this user can write: --{name.replace(' ', '-')} FILE.",
+    )
 
 
 def _places_of(base: BaseAddress) -> list[tuple[str, Path]]:

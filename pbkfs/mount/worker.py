@@ -123,7 +123,10 @@ def run_taken(taken: Taken) -> int:
     try:
         numbers = takeover.read_numbers(taken.fds)
         options = takeover.log_options(numbers.meta)
-        log_fd = process.configure_log(options, Path(numbers.meta["diff"]), is_console=False)
+        # A log that has become unwritable is no reason to end the mount.
+        log_fd = process.configure_log(
+            options, Path(numbers.meta["diff"]), is_console=False, is_needed=False
+        )
         process.redirect(log_fd)
         faulthandler.enable(2)
         logger.warning("%s; this one takes over", taken.why)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,11 @@ def test_life_of_a_users_mount(user_at: UserPlace) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert user_at.owner().uid == UID
+    for task in Path(f"/proc/{user_at.owner().pid}/task").iterdir():
+        held = re.findall(
+            r"^Cap(?:Inh|Prm|Eff|Amb):\t(\w+)$", (task / "status").read_text(), re.MULTILINE
+        )
+        assert [int(mask, 16) for mask in held] == [0] * 4, task.name
     done = user_at.sh('echo hello > "$1/file"; mkdir "$1/dir"; stat -c "%a %u %g" "$1"')
     assert done.stdout == f"700 {UID} {UID}\n"
     # Not shown to others, not even to root.

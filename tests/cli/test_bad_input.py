@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -311,6 +313,52 @@ def test_own_file_is_a_symbolic_link(at: Place, option: str) -> None:
     says = f"file {at.root / 'link'}: too many levels of symbolic links"
     refused(at, option, at.root / "link", cls=errors.HostError, says=says)
     assert victim.read_text() == "as it was"
+
+
+def put(path: Path, kind: str) -> None:
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("fifo", "it is a fifo and no regular file"),
+        ("socket", "it is a socket and no regular file"),
+        pytest.param(
+            "device",
+            "it is a device and no regular file",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a device"),
+        ),
+        ("directory", "is a directory"),
+    ],
+)
+@pytest.mark.parametrize("option", ["log-file", "pid-file"])
+def test_own_file_is_no_regular_one(at: Place, option: str, kind: str, says: str) -> None:
+    path = at.root / "own"
+    put(path, kind)
+    says = f"cannot write {option.replace('-', ' ')} {path}: {says}"
+    refused(at, f"--{option}", path, cls=errors.HostError, says=says)
+
+
+def test_default_log_is_a_fifo(at: Place) -> None:
+    at.mount()
+    run_pbkfs("unmount", "-D", at.mnt)
+    path = at.diff / "log" / "worker.log"
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    done = at.mount("--reuse", check=False)
+    assert done.returncode == errors.HostError.exit_code
+    assert f"cannot write log file {path}: it is a fifo and no regular file" in done.stderr
+    path.unlink()
 
 
 def test_own_file_inside_of_the_base(at: Place, base: Path) -> None:

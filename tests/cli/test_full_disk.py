@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faulty import Faulty
 from fix_mounts import run_pbkfs
 from fix_place import Place, fill, mine
 from fix_postgres import wait_until
 
 MIB = 1 << 20
+
+WAITING = "no space left for the diff: written pages wait until there is some"
+NO_LONGER = "no written page waits for space any more"
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a small file system")
 
@@ -78,6 +82,11 @@ def is_full(at: Place) -> bool:
     return bool(mine(at)[0]["state"] == "full")
 
 
+def wait_until_said(at: Place, words: str) -> None:
+    """The log is written beside the answers."""
+    wait_until(lambda: words in at.log())
+
+
 def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[int], None]) -> None:
     at.expected += ["no space left", "waits for space any more"]
     _, old = add_relation(base, 40)
@@ -87,6 +96,8 @@ def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[in
     writer = Writer(relation, new)
     wait_until(lambda: is_full(at))
     assert "disk is full" in run_pbkfs("stat", "-D", at.mnt).stdout
+    wait_until_said(at, WAITING)
+    assert NO_LONGER not in at.log()
     # Everything else goes on: what is there is read, and a change that needs no space is made.
     assert (at.mnt / "PG_VERSION").read_text() == "15\n"
     os.rename(at.mnt / "postgresql.conf", at.mnt / "renamed.conf")
@@ -99,6 +110,7 @@ def test_written_pages_wait_for_space(at: Place, base: Path, small: Callable[[in
     assert writer.error() == 0
     assert relation.read_bytes() == new
     assert not is_full(at)
+    wait_until_said(at, NO_LONGER)
     run_pbkfs("unmount", "-D", at.mnt)
     at.mount("--reuse")
     assert relation.read_bytes() == new
@@ -165,6 +177,47 @@ def test_waiting_ends_in_an_error(
         for at, to in ((n, n + 8192) for n in range(0, len(old), 8192))
     }
     assert pages == {"old", "new"}
+
+
+@pytest.mark.parametrize("how", ["wait", "error"])
+@pytest.mark.parametrize("op", ["write", "create"])
+def test_a_quota_that_is_used_up_is_a_full_disk(at: Place, base: Path, op: str, how: str) -> None:
+    """Where pages are written to an object that is there, and where one has to be made."""
+    _, old = add_relation(base, 1)
+    relation = at.mnt / "base" / "1" / "16384"
+    at.mount("--base", base)
+    if op == "write":
+        assert Writer(relation, b"first").error() == 0
+        old = b"first" + old[5:]
+    run_pbkfs("unmount", "-D", at.mnt)
+    faulty = Faulty(at.diff / "objects")
+    try:
+        at.mount("--reuse", "--on-full", how)
+        new = random.Random(2).randbytes(len(old))
+        faulty.fail({"op": op, "path": "", "errno": errno.EDQUOT})
+        writer = Writer(relation, new)
+        if how == "wait":
+            at.expected += [WAITING, NO_LONGER]
+            wait_until(lambda: is_full(at))
+            wait_until_said(at, WAITING)
+            assert writer.is_waiting()
+            faulty.fail()
+            assert writer.error() == 0
+            wait_until_said(at, NO_LONGER)
+        else:
+            assert writer.error() == errno.EDQUOT
+            os.posix_fadvise(fd := os.open(relation, os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+            assert relation.read_bytes() == old
+            faulty.fail()
+            assert Writer(relation, new).error() == 0
+        assert not is_full(at)
+        run_pbkfs("unmount", "-D", at.mnt)
+        at.mount("--reuse")
+        assert relation.read_bytes() == new
+    finally:
+        at.close()
+        faulty.close()
 
 
 @pytest.mark.usefixtures("small")

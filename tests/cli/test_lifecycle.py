@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from fix_mounts import run_pbkfs
 from fix_place import Place, mine, snapshot
+from machine import ROOT
 
 from pbkfs.errors import TimedOutError
 from pbkfs.mount import lock, privileges, sealing
@@ -441,6 +442,29 @@ def test_pid_file(at: Place) -> None:
     assert not path.exists()
 
 
+def test_what_took_the_place_of_the_pid_file_stays(at: Place) -> None:
+    path = at.root / "pid"
+    for put in (os.mkfifo, Path.mkdir, lambda path: path.write_bytes(b"\xff" * 100)):
+        at.mount("--pid-file", path)
+        worker = at.owner()
+        path.unlink()
+        put(path)
+        run_pbkfs("unmount", "-D", at.mnt, "--timeout", "20")
+        assert not worker.is_alive()
+        assert path.exists()
+        shutil.rmtree(at.diff)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_fifo_in_the_place_of_the_log(at: Place) -> None:
+    path = at.root / "here.log"
+    at.mount("--log-file", path)
+    path.unlink()
+    os.mkfifo(path)
+    run_pbkfs("unmount", "-D", at.mnt, "--timeout", "20")
+    assert path.is_fifo()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has no privilege to give up")
 def test_worker_keeps_of_root_what_it_needs(at: Place) -> None:
     at.mount()
@@ -464,12 +488,20 @@ def test_json_log_in_a_file_of_choice(at: Place) -> None:
 
 
 class Held:
-    """A mount whose worker waits, all but ready, for a reader of its pid file."""
+    """A mount whose worker waits, all but ready, for a reader of a fifo."""
 
-    def __init__(self, at: Place) -> None:
+    def __init__(self, at: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         self.at = at
-        self.fifo = at.root / "pid"
+        self.fifo = at.root / "fifo"
         os.mkfifo(self.fifo)
+        site = at.root / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            "from pathlib import Path\nfrom pbkfs.mount import process\n"
+            f"def held(path, pid): Path({str(self.fifo)!r}).write_text(str(pid))\n"
+            "process.write_pid_file = held\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", f"{site}:{ROOT}")
 
     def wait_until_mounted(self) -> None:
         deadline = time.monotonic() + 30
@@ -479,23 +511,22 @@ class Held:
 
     def let_go(self) -> None:
         """Let the worker get ready; then unmount."""
-        assert self.fifo.read_text() == f"{self.at.owner().pid}\n"
-        self.fifo.unlink()
+        assert self.fifo.read_text() == str(self.at.owner().pid)
         run_pbkfs("unmount", "-D", self.at.mnt)
 
 
-def test_timeout_is_no_failure(at: Place) -> None:
-    held = Held(at)
-    done = at.mount("--pid-file", held.fifo, "--timeout", "0.5")
+def test_timeout_is_no_failure(at: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(at, monkeypatch)
+    done = at.mount("--timeout", "0.5")
     assert done.returncode == 0
     assert done.stdout.endswith(f"is still in progress (pid {at.owner().pid})\n")
     held.wait_until_mounted()
     held.let_go()
 
 
-def test_interrupt_ends_the_wait_only(at: Place) -> None:
-    held = Held(at)
-    arguments = ["--empty", "-D", str(at.mnt), "-d", str(at.diff), "--pid-file", str(held.fifo)]
+def test_interrupt_ends_the_wait_only(at: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(at, monkeypatch)
+    arguments = ["--empty", "-D", str(at.mnt), "-d", str(at.diff)]
     arguments += ["--owner", str(os.geteuid())]
     with subprocess.Popen(
         [sys.executable, "-m", "pbkfs", "mount", *arguments],

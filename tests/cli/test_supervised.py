@@ -102,6 +102,20 @@ def test_keeper_and_workers_keep_of_root_what_they_need(on: Place) -> None:
 
 
 @needs_takeovers
+def test_log_that_cannot_be_opened_ends_no_mount(on: Place) -> None:
+    path = on.root / "here.log"
+    on.mount("--supervised", "--log-file", path)
+    (on.mnt / "file").write_text("before")
+    path.unlink()
+    os.mkfifo(path)
+    kill_worker(on)
+    assert (on.mnt / "file").read_text() == "before"
+    path.unlink()
+    run_pbkfs("unmount", "-D", on.mnt)
+    assert f"unmounted {on.mnt}" in path.read_text()
+
+
+@needs_takeovers
 def test_first_readers_after_a_takeover_see_what_was_written(on: Place, base: Path) -> None:
     """All files are registered anew then, each with several requests that wait for it."""
     names = [base / "base" / "1" / str(20000 + number) for number in range(60)]

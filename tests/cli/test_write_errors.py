@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,62 @@ def test_an_object_that_cannot_be_made(at: Place, base: Path) -> None:
     finally:
         at.close()
         faulty.close()
+
+
+@pytest.mark.parametrize("op", ["write", "open", "create"])
+def test_a_file_system_that_became_read_only(at: Place, base: Path, op: str) -> None:
+    """At a write, or where an object has to be opened again for it, or made."""
+    at.expected += {
+        "write": ["object can't be changed: EROFS"],
+        "open": ["object can't be opened: EROFS"],
+        "create": ["no object can be made for 'base/1/16384': .*Read-only file system"],
+    }[op]
+    relation = base / "base" / "1" / "16384"
+    relation.write_bytes(b"o" * BLOCK * 2)
+    at.mount("--base", base)
+    path = at.mnt / "base" / "1" / "16384"
+    others = [at.mnt / str(number) for number in range(20)]
+    for other in others:
+        other.write_bytes(b"x")
+    if op != "create":
+        with open(path, "r+b", buffering=0) as file:
+            file.write(b"o")
+    run_pbkfs("unmount", "-D", at.mnt)
+    faulty = Faulty(at.diff / "objects")
+    try:
+        with few_descriptors():
+            at.mount("--reuse")
+        with contextlib.ExitStack() as stack, open(path, "r+b", buffering=0) as file:
+            if op == "open":
+                # What nobody has open any more would be closed before it.
+                found = [stack.enter_context(open(other, "rb")).read() for other in others]
+                assert set(found) == {b"x"}
+            faulty.fail({"op": op, "path": "", "errno": errno.EROFS})
+            file.write(b"1" * BLOCK)
+            assert error_of(os.fsync, file.fileno()) == errno.EROFS
+            # The mount goes on: what needs no change of an object is done.
+            assert (at.mnt / "PG_VERSION").read_text() == "15\n"
+            os.rename(at.mnt / "postgresql.conf", at.mnt / "renamed.conf")
+
+            faulty.fail()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(file.fileno(), 2 * BLOCK, 0) == b"o" * BLOCK * 2
+            os.pwrite(file.fileno(), b"2" * BLOCK, BLOCK)
+            assert error_of(os.fsync, file.fileno()) == 0
+        run_pbkfs("unmount", "-D", at.mnt)
+        at.mount("--reuse")
+        assert path.read_bytes() == b"o" * BLOCK + b"2" * BLOCK
+    finally:
+        at.close()
+        faulty.close()
+
+
+@contextlib.contextmanager
+def few_descriptors() -> Iterator[None]:
+    """Of what is mounted meanwhile, no more than 16 files are kept open below, the last used."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

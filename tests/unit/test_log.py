@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -87,6 +88,20 @@ def test_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     assert victim.read_text() == ""
 
 
+def test_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    with pytest.raises(OSError, match="it is a fifo"):
+        log.configure("file", path=tmp_path / "log")
+    (tmp_path / "log").unlink()
+    log.configure("file", path=tmp_path / "log")
+    (tmp_path / "log").unlink()
+    os.mkfifo(tmp_path / "log")
+    logging.getLogger("pbkfs").info("not there")
+    (tmp_path / "log").unlink()
+    logging.getLogger("pbkfs").info("there again")
+    assert (tmp_path / "log").read_text().endswith("pbkfs: there again\n")
+
+
 def test_second_configuration_replaces_the_first(tmp_path: Path) -> None:
     log.configure("file", path=tmp_path / "a")
     log.configure("file", path=tmp_path / "b")
@@ -129,10 +144,13 @@ def test_missing_journald_is_said_at_once(tmp_path: Path) -> None:
         log.JournalHandler(str(tmp_path / "absent"))
 
 
-def test_full_disk_is_no_failure() -> None:
+def test_line_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
     code = (
-        "import logging; from pathlib import Path; from pbkfs import log;"
-        "log.configure('file', path=Path('/dev/full')); logging.error('x'); print('alive')"
+        "import logging, resource, sys; from pathlib import Path; from pbkfs import log;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));"
+        "log.configure('file', path=Path(sys.argv[1])); logging.error('x'); print('alive')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, tmp_path / "log"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "alive\n"
+    assert (tmp_path / "log").read_bytes() == b""

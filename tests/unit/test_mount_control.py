@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from machine import ROOT
 
 from pbkfs.errors import BusyError, HostError, NotRunningError, TimedOutError, UsageError
 from pbkfs.mount import control
@@ -166,3 +169,33 @@ def test_stranger_gets_a_clear_error(place: Path) -> None:
             finally:
                 os._exit(2)
         assert os.waitpid(child, 0)[1] == 0
+
+
+_ASK_AS = """
+import os, sys
+from pathlib import Path
+from pbkfs.errors import PbkfsError
+from pbkfs.mount import control
+os.setuid(int(sys.argv[1]))
+try:
+    print(control.call(Path(sys.argv[2]), "echo", word=1))
+except PbkfsError as error:
+    print(error.slug)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+@pytest.mark.trio
+@pytest.mark.expect_log("refused")
+async def test_stranger_is_refused_where_the_mode_lets_him_in(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def call_as(uid: int) -> str:
+        (place / control.NAME).chmod(0o666)
+        command = [sys.executable, "-c", _ASK_AS, str(uid), place]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert await ask(place, lambda: call_as(0)) == "{'got': 1}\n"
+    assert "refused" not in caplog.text
+    assert await ask(place, lambda: call_as(65534)) == "not_running\n"
+    assert "control request of user 65534 refused" in caplog.text
