@@ -319,13 +319,17 @@ def _apply(content: bytearray, events: Iterable[Event]) -> None:
 
 
 def boot_anew(diff: Path) -> None:
-    """Make the journal of a diff one that was written in another boot of the kernel.
+    """Make the journals in a diff such that were written in another boot of the kernel.
 
     After a real power cut the boot id differs, and so must it after one that is played.
     """
-    if not (diff / "journal").exists():
-        return
-    data = (diff / "journal").read_bytes()
+    for path in (diff / "journal", *diff.glob("*/journal")):
+        if path.exists():
+            _boot_anew(path)
+
+
+def _boot_anew(path: Path) -> None:
+    data = path.read_bytes()
     frames = b""
     n_bytes = HEADER_BYTES
     for payload in find_frames(data[HEADER_BYTES:]):
@@ -333,5 +337,5 @@ def boot_anew(diff: Path) -> None:
         if payload[0] == 1:
             payload = b"\1" + bytes(byte ^ 0xFF for byte in payload[1:])
         frames += encode_frame(payload)
-    with (diff / "journal").open("r+b") as journal:
+    with path.open("r+b") as journal:
         journal.write(data[:HEADER_BYTES] + frames + data[n_bytes:])
