@@ -225,7 +225,8 @@ class PowerCuts:
                     checked.result()
                 except BaseException as error:
                     self._keep(cut)
-                    error.add_note(f"{cut}; once more: {RECORDING}={self._kept}")
+                    again = f"{RECORDING}={self._kept} ./run test tests/crash/test_power_cuts.py"
+                    error.add_note(f"{cut}\nonce more: {again}")
                     raise
 
     def _keep(self, cut: Cut) -> None:

@@ -31,7 +31,7 @@ from machine import kept_recording
 
 N_RUNS = 3
 N_SUBSETS = 2
-N_CUTS = min(100, round(24 * float(os.environ.get("PBKFS_TEST_ENDURANCE", "1"))))
+N_CUTS = min(100, round(30 * float(os.environ.get("PBKFS_TEST_ENDURANCE", "1"))))
 N_HINT_CUTS = N_CUTS // 6
 N_EARLY_CUTS = N_CUTS // 4
 N_SEAL_CUTS = N_CUTS // 4
