@@ -32,6 +32,7 @@ from machine import (
     TESTS,
     catalogs_directory,
     fuse_obstacle,
+    kept_recording,
     postgres_majors,
     postgres_root,
     session_directory,
@@ -226,10 +227,14 @@ def _take_lock(place: Path) -> BinaryIO | None:
 
 
 def _remove_old_sessions(place: Path) -> None:
-    """What a session kept because a test failed goes when the next one starts."""
+    """What a session kept because a test failed goes when the next one starts, unless that one is
+    to use it."""
+    wanted = kept_recording()
     for other in place.parent.glob("pbkfs-test-*"):
         try:
             if other == place or other.stat().st_uid != os.geteuid():
+                continue
+            if wanted is not None and wanted.is_relative_to(other.resolve()):
                 continue
             lock = _take_lock(other)
         except OSError:

@@ -3,37 +3,97 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import pickle
 import random
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import psycopg
 from fix_mounts import Mount, Mounts, run_pbkfs
-from fix_postgres import is_running, kill_servers, wait_until
+from fix_postgres import copy_tree, is_running, kill_servers, wait_until
 from iotrace import Event, Recorder
 from ledger import Ledger
-from machine import TESTS
+from machine import RECORDING, TESTS
 from power_cut import Disk
 from servers import Clients, MountedServer
 
 from pbkfs.errors import PbkfsError
-from pbkfs.mount import lock, sealing
+from pbkfs.mount import control, lock
+from pbkfs.mount.sealing import Child, seal
 
 # Marks in the trace.
 ACKNOWLEDGED, HINTING, HINTED, READY, LOADED = "a", "h", "i", "r", "l"
+SEALING, SEALED = "s", "t"
+
+# In the diff of a recorded run, all that is recorded: its new layer after a seal, and the child.
+_NEW_LIVE, _CHILD, _CHILD_LIVE = "live1", "child", "child.live"
+# Of 100 MB; so slow that it goes on for as long as a load, on a busy machine too.
+_HYDRATION_RATE = "3MB"
 
 
-def record_run(mounts: Mounts, stopped_cluster: Path, bindir: Path, *, n_turns: int) -> list[Event]:
-    """Mount a new diff, run a load on it in ``n_turns``, end it; return all that was done."""
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """All that was done to the diff of a mount in ``place``, over the cluster ``base``."""
+
+    events: list[Event]
+    place: Path
+    base: Path
+
+    def save(self, directory: Path) -> None:
+        """Keep it, with the base."""
+        directory.mkdir()
+        copy_tree(self.base, directory / "base")
+        with (directory / "events").open("wb") as file:
+            pickle.dump(self, file)
+
+    def move(self, diff: Path, place: Path, base: Path) -> None:
+        """Have the files of a replayed diff name its own place and base, not the recorded ones."""
+        for path in (*diff.glob("*.json"), *diff.glob("*/*.json")):
+            content = path.read_bytes()
+            content = content.replace(os.fsencode(self.place), os.fsencode(place))
+            path.write_bytes(content.replace(os.fsencode(self.base), os.fsencode(base)))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One of the states that a power cut after event number ``moment`` can leave."""
+
+    seed: int
+    moment: int
+    subset: int
+    is_ordered: bool
+
+    def chance(self) -> random.Random:
+        """What decides about the rest: the same for the same cut."""
+        return random.Random(f"{self.seed} {self.moment} {self.subset}")
+
+
+def load_cut(directory: Path) -> tuple[Recording, Cut]:
+    """Return what ``PowerCuts.check`` has kept of a failure."""
+    with (directory / "events").open("rb") as file:
+        recording: Recording = pickle.load(file)
+    return recording, Cut(**json.loads((directory / "cut.json").read_text()))
+
+
+def record_run(
+    mounts: Mounts, stopped_cluster: Path, bindir: Path, *, n_turns: int, is_sealed: bool = False
+) -> Recording:
+    """Mount a new diff, run a load on it in ``n_turns``, end it; return all that was done.
+
+    ``is_sealed``: it is hydrated meanwhile, and sealed in the first turn.
+    """
     mount = mounts.prepare("--base", stopped_cluster, name="recorded")
     recorder = Recorder(mount.diff, mount.pgdata.parent)
     try:
@@ -54,17 +114,21 @@ def record_run(mounts: Mounts, stopped_cluster: Path, bindir: Path, *, n_turns: 
         server.sql("checkpoint")
         recorder.mark(HINTED)
         recorder.mark(READY)
+        if is_sealed:
+            run_pbkfs("hydrate", "-D", mount.pgdata, "--rate", _HYDRATION_RATE)
         ledger.begin(server.uri)
         for turn in range(n_turns):
-            run_load(server, turn)
+            is_now = is_sealed and turn == 0
+            run_load(server, turn, partial(seal_recorded, mount, recorder) if is_now else None)
         ledger.end()
         assert ledger.acknowledged > 0, ledger.ended_by
+        assert (hydration(mount)["state"] in ("looking", "running")) == is_sealed
         recorder.mark(LOADED)
         server.stop()
         mount.unmount()
         events = recorder.events()
-        check_recording(events, mount, mount.pgdata.parent / "replayed")
-        return events
+        check_recording(events, mount, mount.pgdata.parent / "replayed", is_sealed=is_sealed)
+        return Recording(events, mount.pgdata.parent, stopped_cluster)
     finally:
         recorder.close()
         mounts.discard(mount)
@@ -78,7 +142,23 @@ def owner_identity(mount: Mount) -> dict[str, Any]:
     return {"user": uid, "group": gid, "extra_groups": []}
 
 
-def run_load(server: MountedServer, turn: int) -> None:
+def seal_recorded(mount: Mount, recorder: Recorder) -> None:
+    """Seal a mount that is recorded and hydrated, with a child."""
+    wait_until(lambda: hydration(mount)["bytes_done"] > 0)
+    recorder.mark(SEALING)
+    child = Child(mount.diff / _CHILD, mount.diff / _CHILD_LIVE)
+    assert seal(mount.diff, new_live=mount.diff / _NEW_LIVE, child=child).note is None
+    recorder.mark(SEALED)
+    wait_until(lambda: hydration(mount)["state"] == "running")
+
+
+def hydration(mount: Mount) -> dict[str, Any]:
+    """How far it is."""
+    found: dict[str, Any] = control.call(mount.diff, "hydration")["hydration"]
+    return found
+
+
+def run_load(server: MountedServer, turn: int, meanwhile: Callable[[], None] | None = None) -> None:
     """Small transactions, and beside them what makes, cuts and removes files."""
     load = server.begin("pgbench", "-n", "-c", "3", "-t", "40")
     table = f"t{turn}"
@@ -86,6 +166,10 @@ def run_load(server: MountedServer, turn: int) -> None:
         f"create table {table} as select n, repeat('x', 300) as s from generate_series(1, 2000) n",
         f"create index on {table} (n)",
         f"delete from {table} where n > 200",
+    )
+    if meanwhile is not None:
+        meanwhile()
+    server.sql(
         f"vacuum {table}",
         "checkpoint",
         f"update {table} set s = 'y'",
@@ -99,12 +183,14 @@ def run_load(server: MountedServer, turn: int) -> None:
         raise
 
 
-def check_recording(events: Sequence[Event], mount: Mount, place: Path) -> None:
+def check_recording(events: Sequence[Event], mount: Mount, place: Path, *, is_sealed: bool) -> None:
     """What the trace leads to is what is there, or the trace has missed something."""
     disk = Disk()
     disk.play(events)
     disk.save_all(place)
-    for part in ("journal", "superblock.json", "objects", "pg_wal"):
+    parts = ["journal", "superblock.json", "objects", "pg_wal"]
+    parts += [_NEW_LIVE, _CHILD, _CHILD_LIVE] if is_sealed else []
+    for part in parts:
         done = subprocess.run(
             ["diff", "-r", place / part, mount.diff / part], capture_output=True, text=True
         )
@@ -115,28 +201,47 @@ class PowerCuts:
     """Cuts of one recorded run, made in the order of time."""
 
     def __init__(
-        self, events: Sequence[Event], mounts: Mounts, stopped_cluster: Path, bindir: Path
+        self, recording: Recording, mounts: Mounts, base: Path, bindir: Path, kept: Path
     ) -> None:
-        self._events = events
+        """``base``: the recording's, or a copy. ``kept`` is made at a failure, see ``load_cut``."""
+        self._recording = recording
+        self._events = recording.events
         self._mounts = mounts
-        self._stopped_cluster = stopped_cluster
+        self._base = base
         self._bindir = bindir
+        self._kept = kept
         self._disk = Disk()
-        self._acknowledged = 0
 
-    def _play(self, moment: int) -> None:
-        part = self._events[self._disk.now : moment]
-        numbers = [event.a for event in part if event.kind == ACKNOWLEDGED]
-        self._acknowledged = max([self._acknowledged, *numbers])
-        self._disk.play(part)
+    def check(
+        self, moment: int, seed: int, *, is_ordered: bool, subsets: Sequence[int] = (0,)
+    ) -> None:
+        """Cut the power after event number ``moment``; what is left must be a sound cluster.
 
-    def check(self, moment: int, chance: random.Random, *, is_ordered: bool) -> None:
-        """Cut the power after event number ``moment``; what is left must be a sound cluster."""
-        self._play(moment)
-        mount = self._mounts.prepare("--base", self._stopped_cluster, name=f"cut{moment}")
+        Each of ``subsets`` is another part of what was not durable. They are checked at the same
+        time, as a check waits for much of its own. At a failure the recording is kept, and named.
+        """
+        self._disk.play(self._events[self._disk.now : moment])
+        cuts = [Cut(seed, moment, subset, is_ordered) for subset in subsets]
+        with ThreadPoolExecutor(len(cuts)) as pool:
+            for cut, checked in [(cut, pool.submit(self._check, cut)) for cut in cuts]:
+                try:
+                    checked.result()
+                except BaseException as error:
+                    self._keep(cut)
+                    again = f"{RECORDING}={self._kept} ./run test tests/crash/test_power_cuts.py"
+                    error.add_note(f"{cut}\nonce more: {again}")
+                    raise
+
+    def _keep(self, cut: Cut) -> None:
+        self._recording.save(self._kept)
+        (self._kept / "cut.json").write_text(json.dumps(asdict(cut)))
+
+    def _check(self, cut: Cut) -> None:
+        mount = self._mounts.prepare("--base", self._base, name=f"cut{cut.moment}-{cut.subset}")
         try:
-            self._disk.save(mount.diff, chance, is_ordered=is_ordered)
+            self._disk.save(mount.diff, cut.chance(), is_ordered=cut.is_ordered)
             mount.diff.chmod(0o711)
+            self._recording.move(mount.diff, mount.pgdata.parent, self._base)
             if (mount.diff / "binding.json").exists():
                 run_pbkfs("check", "-d", mount.diff)
             mount.mount()
@@ -144,15 +249,43 @@ class PowerCuts:
             server = MountedServer(mount, self._bindir)
             server.start()
             ledger = Ledger()
-            ledger.acknowledged = self._acknowledged
-            if self.is_ready(moment):
+            ledger.acknowledged = self._acknowledged(cut.moment)
+            if self._is_after(READY, cut.moment):
                 ledger.check(server.uri)
             check_content(server)
             server.stop("-m", "fast")
             mount.unmount()
             run_pbkfs("check", "-d", mount.diff)
+            if self._is_after(SEALED, cut.moment):
+                self._check_child(mount)
         finally:
             self._mounts.discard(mount)
+
+    def _check_child(self, parent: Mount) -> None:
+        """The child of the seal has what was acknowledged before, and nothing that came after."""
+        pgdata = parent.pgdata.parent / "child" / "pgdata"
+        pgdata.mkdir(parents=True)
+        child = Mount(pgdata, parent.diff / _CHILD, parent.args, parent.owner)
+        self._mounts.made.append(child)
+        try:
+            child.mount()
+            wait_until_reaped(child)
+            server = MountedServer(child, self._bindir)
+            server.start()
+            ledger = Ledger()
+            ledger.acknowledged = self._acknowledged(self.position(SEALING))
+            n_beside = self._acknowledged(self.position(SEALED)) - ledger.acknowledged
+            ledger.check(server.uri, n_more=n_beside + 1)
+            check_content(server)
+            server.stop("-m", "fast")
+            child.unmount()
+        finally:
+            self._mounts.discard(child)
+
+    def _acknowledged(self, moment: int) -> int:
+        """The newest number that was acknowledged before that."""
+        events = self._events[:moment]
+        return max((event.a for event in events if event.kind == ACKNOWLEDGED), default=0)
 
     def moments(self, chance: random.Random, first: str, last: str, n: int) -> list[int]:
         """Return ``n`` moments between two marks, in order.
@@ -173,9 +306,9 @@ class PowerCuts:
         rest = sorted(set(everywhere) - chosen)
         return sorted([*chosen, *chance.sample(rest, n - n_dangerous)])
 
-    def is_ready(self, moment: int) -> bool:
-        """Whether the ledger existed then."""
-        return moment > self.position(READY)
+    def _is_after(self, mark: str, moment: int) -> bool:
+        """Whether that is in the trace, and before this moment."""
+        return any(event.kind == mark for event in self._events[:moment])
 
     def position(self, mark: str) -> int:
         """Return the number of the event that is this mark."""
@@ -374,9 +507,9 @@ def seal_beside(mount: Mount) -> None:
     The server stands still meanwhile.
     """
     place = mount.pgdata.parent
-    child = sealing.Child(head=place / "child", live=place / "child.live")
+    child = Child(head=place / "child", live=place / "child.live")
     with suppress(PbkfsError):
-        sealing.seal(mount.diff, new_live=place / "live", child=child, timeout_s=60)
+        seal(mount.diff, new_live=place / "live", child=child, timeout_s=60)
 
 
 def find_worker(mount: Mount) -> psutil.Process | None:

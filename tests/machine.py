@@ -17,11 +17,18 @@ ROOT = TESTS.parent
 MAJORS = (14, 15, 16, 17, 18)
 IS_CI = os.environ.get("CI") == "true"
 SESSION = "PBKFS_TEST_SESSION"  # every process that a test starts inherits it
+RECORDING = "PBKFS_TEST_RECORDING"  # a directory that a failed test of power cuts has kept
 
 
 def session_directory() -> Path:
     """Everything of this session lies below it; 0755, for servers of another user."""
     return Path(tempfile.gettempdir()) / f"pbkfs-test-{os.environ[SESSION]}"
+
+
+def kept_recording() -> Path | None:
+    """What the tests of power cuts are to make again instead of what they do else."""
+    named = os.environ.get(RECORDING)
+    return Path(named).resolve() if named else None
 
 
 def postgres_root() -> Path:

@@ -17,16 +17,19 @@ N_CUTS = 3
 
 
 @pytest.mark.timeout(600)
-def test_power_cut(mounts: Mounts, stopped_cluster: Path, newest_programs: Programs) -> None:
+def test_power_cut(
+    mounts: Mounts, stopped_cluster: Path, newest_programs: Programs, tmp_path: Path
+) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    events = record_run(mounts, stopped_cluster, newest_programs.bindir, n_turns=1)
-    cuts = PowerCuts(events, mounts, stopped_cluster, newest_programs.bindir)
+    bindir = newest_programs.bindir
+    recording = record_run(mounts, stopped_cluster, bindir, n_turns=1)
+    cuts = PowerCuts(recording, mounts, stopped_cluster, bindir, tmp_path / "recording")
     moments = [
         *cuts.moments(chance, HINTING, HINTED, 1),
         *cuts.moments(chance, READY, LOADED, N_CUTS - 1),
     ]
     for number, moment in enumerate(moments):
-        print(f"cut {number} after event {moment} of {len(events)}")
-        cuts.check(moment, chance, is_ordered=number % 2 == 0)
+        print(f"cut {number} after event {moment} of {len(recording.events)}")
+        cuts.check(moment, seed, is_ordered=number % 2 == 0)

@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,7 @@ _INDEX_BYTES = 8 << 20
 _FIXED_BYTES = 64 << 20
 _GROWTH_BYTES = 4 << 20
 _READS_PER_SAMPLE = 200
+_N_SHOWN_SAMPLES = 20
 
 
 @pytest.mark.timeout(600 + 2 * READS_S)
@@ -478,15 +480,23 @@ def test_memory_stays_flat(mounts: Mounts, place: Path) -> None:
         threads.append(worker.num_threads())
     half = len(samples) // 2
     first, second = max(samples[:half]), max(samples[half:])
+    course = f"RSS in the course of {READS_S} s, KiB: {format_course(samples)}"
     print(
         f"{len(samples) * _READS_PER_SAMPLE} reads; RSS up to {first >> 10} KiB in the first half, "
-        f"{second >> 10} in the second; threads {max(threads)}"
+        f"{second >> 10} in the second; threads {max(threads)}\n{course}"
     )
     mount.unmount()
-    assert second <= first + _GROWTH_BYTES
-    assert max(first, second) <= _INDEX_BYTES + _FIXED_BYTES
+    assert second <= first + _GROWTH_BYTES, course
+    assert max(first, second) <= _INDEX_BYTES + _FIXED_BYTES, course
     assert threads[-1] <= max(threads[:half])
     assert mount.unexpected_log_lines() == []
+
+
+def format_course(samples: list[int]) -> str:
+    """The highest of each of 20 parts of the time, in KiB."""
+    n = min(_N_SHOWN_SAMPLES, len(samples))
+    bounds = [len(samples) * number // n for number in range(n + 1)]
+    return " ".join(str(max(samples[begin:end]) >> 10) for begin, end in pairwise(bounds))
 
 
 def read_block(path: Path, block: int) -> None:
