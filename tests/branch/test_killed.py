@@ -20,6 +20,8 @@ from pbkfs.branch.settings import read_settings
 # Not every step: about this many of each command, evenly spread.
 _N_TRIES = int(os.environ.get("PBKFS_TEST_KILLS", "5"))
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture
 def prod(heads: Heads, pgdata_template: Path) -> Heads:

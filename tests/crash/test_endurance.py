@@ -26,7 +26,7 @@ import psutil
 import pytest
 from catalog_writer import CatalogWriter
 from conformance.file_machine import PAGE, hash_seed, pattern
-from crashes import check_sums, find_worker, owner_identity
+from crashes import check_pages, check_sums, find_worker, owner_identity
 from fix_catalogs import CatalogStore, manifests, truth
 from fix_mounts import Mount, Mounts, run_pbkfs
 from fix_place import snapshot
@@ -195,11 +195,7 @@ def test_load(mounts: Mounts, store: Path) -> None:
     server.stop()
     assert not unexpected_errors(mount), "\n".join(unexpected_errors(mount))
     assert mount.unexpected_log_lines() == []
-    done = subprocess.run(
-        [bindir / "pg_checksums", "--check", "-D", mount.pgdata],
-        capture_output=True, text=True, **owner_identity(mount),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_pages(server)
     mount.unmount()
     run_pbkfs("check", "-d", mount.diff)
     assert state_of(store) == before

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from crashes import check_content, find_worker, run_load, run_server, wait_until_reaped
+from crashes import check_content, check_pages, find_worker, run_load, run_server, wait_until_reaped
 from fix_mounts import Mount, Mounts, run_pbkfs
 from fix_postgres import Programs, kill_servers
 from ledger import Ledger
@@ -140,5 +140,6 @@ def test_power_is_cut_under_load(
     ledger.check(server.uri)
     server.check_cluster()
     server.stop()
+    check_pages(server)
     mount.unmount()
     run_pbkfs("check", "-d", mount.diff)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from crashes import check_sums, find_worker
+from crashes import check_pages, check_sums, find_worker
 from fix_mounts import Mounts
 from fix_postgres import Programs, wait_until
 from ledger import Ledger
@@ -81,6 +81,7 @@ def test_worker_killed_under_load(
         server.check_cluster()
         check_sums(server)
     server.stop()
+    check_pages(server)
     mount.unmount()
     print(f"{n_cut_short} checkpoints were cut short")
     assert n_cut_short > 0

@@ -26,7 +26,7 @@ from pbkfs.mount import control
 
 ROUNDS = int(os.environ.get("PBKFS_TAKEOVER_ROUNDS", "6"))
 
-pytestmark = needs_takeovers
+pytestmark = [needs_takeovers, pytest.mark.timeout(900)]
 
 
 def worker_of(mount: Mount) -> int:
