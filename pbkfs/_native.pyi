@@ -49,9 +49,9 @@ def scan_journal(
     Returns the length of the valid prefix, the payloads of the name records (types >= 16) in order,
     and for each object (changed blocks, limit or NO_LIMIT, whole, hydrated blocks): bitmaps of
     little-endian 64-bit words; hydrated blocks are in the object as well, as they are below.
-    PAGES_LIVE records count only behind a BOOT record with ``session`` (16 bytes), so 16 zero bytes
-    give what a power cut would leave; a hydrated block that one of them names, of whatever boot,
-    is a changed one. Raises OSError(EIO) for what can't be a journal.
+    PAGES_LIVE records count only behind a SESSION record with ``session`` (16 bytes), so 16 zero
+    bytes give what a power cut would leave; a hydrated block that one of them names, of whatever
+    session, is a changed one. Raises OSError(EIO) for what can't be a journal.
     """
 
 def arm_steps(log: str, die_at: str, n: int, by_signal: bool, /) -> None:

@@ -25,8 +25,8 @@ from pbkfs import _native
 BLCKSZ = 8192
 NO_LIMIT = 0xFFFFFFFF
 NONE, ZLIB, PGLZ = 0, 1, 2
-BOOT_ID = bytes(range(16))
-NO_BOOT = bytes(16)
+SESSION = bytes(range(16))
+NO_SESSION = bytes(16)
 JOURNAL_HEADER = struct.pack("<8sII16s32x", b"PBKFSJNL", 1, 0, bytes(16))
 
 
@@ -168,7 +168,7 @@ class Place:
         self.log_read, self.log_write = os.pipe()
         os.set_blocking(self.log_read, False)
         self.journal = _native.Journal(self.journal_fd, len(JOURNAL_HEADER))
-        self.journal.append(b"\x01" + BOOT_ID)
+        self.journal.append(b"\x01" + SESSION)
         self._options = options
         self.nodes = self._new_nodes()
 
@@ -229,7 +229,7 @@ class Place:
         }
         self.nodes.attach(ino, object_id, **(arguments | changes))
 
-    def scan(self, session: bytes = NO_BOOT) -> dict[int, tuple[bytes, int, bool, bytes]]:
+    def scan(self, session: bytes = NO_SESSION) -> dict[int, tuple[bytes, int, bool, bytes]]:
         return _native.scan_journal(self.journal_fd, session)[2]
 
     def lines(self) -> list[str]:

@@ -207,7 +207,7 @@ static PyObject *binding_scan_journal(PyObject *Py_UNUSED(module), PyObject *arg
     if (!PyArg_ParseTuple(args, "iy*:scan_journal", &fd, &session))
         return NULL;
     if (session.len != 16) {
-        PyErr_SetString(PyExc_ValueError, "boot id is not 16 bytes long");
+        PyErr_SetString(PyExc_ValueError, "session is not 16 bytes long");
         PyBuffer_Release(&session);
         return NULL;
     }
@@ -220,7 +220,7 @@ static PyObject *binding_scan_journal(PyObject *Py_UNUSED(module), PyObject *arg
         pbk_binding_fail(err, err == -EIO ? scan.reason : NULL);
     for (size_t i = 0; !PyErr_Occurred() && i < scan.n_maps; i++) {
         if (!scan.maps[i].is_known)
-            continue; /* writes of another boot are all that there was of it */
+            continue; /* writes of another session are all that there was of it */
         PyObject *key = PyLong_FromUnsignedLongLong(scan.maps[i].object);
         PyObject *value = map_to_python(&scan.maps[i]);
         if (key != NULL && value != NULL)

@@ -64,12 +64,9 @@ void pbk_journal_free(struct pbk_journal *journal)
 static const char *step_of(uint8_t type)
 {
     static const char *const labels[] = {
-        [PBK_RECORD_SESSION] = "journal:session",
-        [PBK_RECORD_PAGES] = "journal:pages",
-        [PBK_RECORD_PAGES_LIVE] = "journal:pages_live",
-        [PBK_RECORD_LIMIT] = "journal:limit",
-        [PBK_RECORD_WHOLE] = "journal:whole",
-        [PBK_RECORD_HYDRATED] = "journal:hydrated",
+        [PBK_RECORD_SESSION] = "journal:session",       [PBK_RECORD_PAGES] = "journal:pages",
+        [PBK_RECORD_PAGES_LIVE] = "journal:pages_live", [PBK_RECORD_LIMIT] = "journal:limit",
+        [PBK_RECORD_WHOLE] = "journal:whole",           [PBK_RECORD_HYDRATED] = "journal:hydrated",
     };
     return type < sizeof(labels) / sizeof(labels[0]) && labels[type] != NULL ? labels[type] : "journal:name";
 }

@@ -168,7 +168,7 @@ static int add_bits(struct pbk_bits *bits, const struct pbk_bits *from, const st
 }
 
 /*
- * A block that a write touched counts as changed if it is in the object, whether or not that write was lost with another boot:
+ * A block that a write touched counts as changed if it is in the object, whether or not that write was lost with its session:
  * its new bytes may have reached the disk without their PAGES record.
  */
 static int finish_map(struct pbk_object_map *map)

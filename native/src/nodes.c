@@ -433,7 +433,7 @@ int pbk_node_attach(struct pbk_node *node, struct pbk_ctx *ctx, const struct pbk
         object->recorded_limit = object->limit;
         err = init_bitmaps(object, attach, object->limit);
         if (err == 0 && attach->limit != PBK_NO_LIMIT && object->store.journal != NULL) {
-            /* The record may be known from this boot's page cache only. */
+            /* The record may be known from the page cache only. */
             object->settled_end = pbk_journal_end(object->store.journal);
             atomic_store(&object->is_unsettled, true);
         }

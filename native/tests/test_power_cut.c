@@ -616,7 +616,7 @@ static unsigned run_with(enum fault kind, unsigned at)
     make_diff();
     fault = FAULT_NONE;
     begin(&m);
-    /* The mount's own BOOT record. */
+    /* The mount's own SESSION record. */
     disk_journal_size = size_of(m.journal_fd);
     CHECK(pbk_pread_full(m.journal_fd, disk_journal, sizeof(disk_journal), 0) == (ssize_t)disk_journal_size);
     journal_end = disk_journal_size;

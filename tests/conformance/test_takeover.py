@@ -27,7 +27,7 @@ from pbkfs.overlay.revival import decide
 from pbkfs.overlay.tree import RENAME_EXCHANGE, Tree
 
 OWNER = (os.geteuid(), os.getegid())
-BOOT = b"one boot of many"
+SESSION = b"one of many ones"
 RESENT = 1 << 63
 _MAX_MESSAGE = 1 << 20
 
@@ -39,7 +39,7 @@ class _Worker:
         base = PlainBase(lower)
         is_new = os.fstat(ledger_fd).st_size == 0
         numbers = None if is_new else read_ledger(ledger_fd)
-        diff = Diff.open(diff_path, base, session=BOOT)
+        diff = Diff.open(diff_path, base, session=SESSION)
         if numbers is None:
             made = Ledger.make()
             os.pwrite(ledger_fd, os.pread(made.fd, 64, 0), 0)

@@ -1,9 +1,9 @@
 """Random operations on a Tree without a mount: restarts, crashes, power cuts and sealed layers too.
 
-The crash of a worker loses nothing that was in the page cache. A power cut is played by cutting the
-journal back to what was synced and by another boot id; objects keep what they have, so a file may
-show any mix of the versions since its last fsync, page by page, and nothing else. Names have to be
-exactly those of the last sync.
+A worker that takes over from another one loses nothing that was in the page cache. A power cut is
+played by cutting the journal back to what was synced, and opening it without that session; objects
+keep what they have, so a file may show any mix of the versions since its last fsync, page by page,
+and nothing else. Names have to be exactly those of the last sync.
 """
 
 from __future__ import annotations

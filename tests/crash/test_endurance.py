@@ -26,7 +26,7 @@ import psutil
 import pytest
 from catalog_writer import CatalogWriter
 from conformance.file_machine import PAGE, hash_seed, pattern
-from crashes import check_pages, check_sums, find_worker, owner_identity
+from crashes import check_pages, check_sums, find_worker
 from fix_catalogs import CatalogStore, manifests, truth
 from fix_mounts import Mount, Mounts, run_pbkfs
 from fix_place import snapshot

@@ -14,7 +14,7 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from native_store import BOOT_ID, JOURNAL_HEADER, NO_BOOT, NO_LIMIT, blocks_in, pages_record
+from native_store import JOURNAL_HEADER, NO_LIMIT, NO_SESSION, SESSION, blocks_in, pages_record
 
 from pbkfs import _native
 
@@ -41,7 +41,7 @@ def content(fd: int) -> bytes:
 
 
 def scan_of(
-    fd: int, data: bytes, session: bytes = BOOT_ID
+    fd: int, data: bytes, session: bytes = SESSION
 ) -> tuple[int, list[bytes], dict[int, tuple[set[int], int, bool]]]:
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
@@ -60,7 +60,7 @@ def test_frames_are_as_documented(fd: int) -> None:
         journal.append(payload)
     assert content(fd) == JOURNAL_HEADER + b"".join(map(frame, payloads))
     assert journal.end == os.fstat(fd).st_size
-    assert _native.scan_journal(fd, BOOT_ID) == (journal.end, payloads, {})
+    assert _native.scan_journal(fd, SESSION) == (journal.end, payloads, {})
 
 
 @pytest.mark.parametrize("payload", [b"", bytes((16 << 20) + 1)])
@@ -69,7 +69,7 @@ def test_payload_out_of_range(fd: int, payload: bytes) -> None:
     with pytest.raises(ValueError, match="16 MiB"):
         journal.append(payload)
     journal.append(b"\x10" * (16 << 20))
-    assert len(_native.scan_journal(fd, BOOT_ID)[1][0]) == 16 << 20
+    assert len(_native.scan_journal(fd, SESSION)[1][0]) == 16 << 20
 
 
 def test_failed_append_leaves_no_trace(fd: int) -> None:
@@ -88,7 +88,7 @@ def test_failed_append_leaves_no_trace(fd: int) -> None:
     assert content(fd) == before
     assert journal.end == len(before)
     journal.append(b"\x10second")
-    assert _native.scan_journal(fd, BOOT_ID)[1] == [b"\x10first", b"\x10second"]
+    assert _native.scan_journal(fd, SESSION)[1] == [b"\x10first", b"\x10second"]
 
 
 def test_append_that_cannot_be_taken_back_ends_the_journal() -> None:
@@ -149,7 +149,7 @@ def test_appends_and_syncs_of_many_threads(fd: int) -> None:
     for thread in threads:
         thread.join()
     assert late == []
-    end, names, _ = _native.scan_journal(fd, BOOT_ID)
+    end, names, _ = _native.scan_journal(fd, SESSION)
     assert end == journal.end
     for number in range(4):
         own = [name for name in names if name[1] == number]
@@ -166,15 +166,15 @@ def test_end_out_of_range(fd: int, end: int) -> None:
 
 
 def test_page_maps(fd: int) -> None:
-    boot = b"\x01" + BOOT_ID
+    session = b"\x01" + SESSION
     records = [
         pages_record(1, {0, 63, 64, 200}),
-        pages_record(1, {70}, kind=3),  # before any BOOT
-        boot,
+        pages_record(1, {70}, kind=3),  # before any SESSION
+        session,
         pages_record(1, {71}, kind=3),
         b"\x01" + bytes(range(1, 17)),
-        pages_record(1, {72}, kind=3),  # of another boot
-        boot,
+        pages_record(1, {72}, kind=3),  # of another session
+        session,
         pages_record(2, {5, 9, 100}, kind=3),
         limit_record(2, 10),
         limit_record(2, 20),
@@ -192,7 +192,7 @@ def test_page_maps(fd: int) -> None:
     assert scan_of(fd, data) == (len(data), [], expected)
     expected[1] = ({0, 63, 64, 200}, NO_LIMIT, False)
     expected[2] = ({9}, 10, False)
-    assert scan_of(fd, data, NO_BOOT) == (len(data), [], expected)
+    assert scan_of(fd, data, NO_SESSION) == (len(data), [], expected)
 
 
 @given(data=st.data())
@@ -225,8 +225,8 @@ def test_scan_ends_at_the_first_frame_that_does_not_check(
 NOT_OF_THE_FORMAT = {
     "unknown type": b"\x06x",
     "type zero": b"\x00",
-    "boot too short": b"\x01" + bytes(15),
-    "boot too long": b"\x01" + bytes(17),
+    "session too short": b"\x01" + bytes(15),
+    "session too long": b"\x01" + bytes(17),
     "pages without a count": b"\x02" + bytes(11),
     "fewer ranges than counted": struct.pack("<BQIII", 2, 1, 2, 0, 1),
     "more ranges than counted": struct.pack("<BQIIIII", 2, 1, 1, 0, 1, 0, 1),
@@ -277,17 +277,17 @@ def test_length_beyond_the_limit_ends_the_scan(fd: int) -> None:
     assert scan_of(fd, data) == (64, [], {})
 
 
-def test_boot_id_has_16_bytes(fd: int) -> None:
+def test_session_has_16_bytes(fd: int) -> None:
     with pytest.raises(ValueError, match="16 bytes"):
         _native.scan_journal(fd, b"short")
 
 
 def test_hydrated_blocks_are_told_from_changed_ones(fd: int) -> None:
-    """PAGES of any kind make a hydrated block a changed one; PAGES_LIVE does so after a reboot."""
+    """PAGES of any kind make a hydrated block a changed one; PAGES_LIVE does so of any session."""
 
-    def scan(*payloads: bytes, session: bytes = BOOT_ID) -> tuple[set[int], set[int], int, bool]:
+    def scan(*payloads: bytes, session: bytes = SESSION) -> tuple[set[int], set[int], int, bool]:
         journal = _native.Journal(fd, len(JOURNAL_HEADER))
-        journal.append(b"\x01" + BOOT_ID)
+        journal.append(b"\x01" + SESSION)
         for payload in payloads:
             journal.append(payload)
         os.ftruncate(fd, journal.end)
@@ -302,7 +302,7 @@ def test_hydrated_blocks_are_told_from_changed_ones(fd: int) -> None:
     assert scan(hydrated) == (set(), {1, 2, 3, 70}, NO_LIMIT, False)
     assert scan(hydrated, pages_record(7, {2, 9})) == ({2, 9}, {1, 3, 70}, NO_LIMIT, False)
     assert scan(pages_record(7, {2}), hydrated) == ({2}, {1, 3, 70}, NO_LIMIT, False)
-    # Of another boot: block 3 is in the object anyway, block 5 perhaps never got there.
+    # Of another session: block 3 is in the object anyway, block 5 perhaps never got there.
     assert scan(hydrated, live) == ({3, 5}, {1, 2, 70}, NO_LIMIT, False)
     assert scan(hydrated, live, session=other) == ({3}, {1, 2, 70}, NO_LIMIT, False)
     assert scan(hydrated, live, whole, session=other) == ({3, 5}, set(), NO_LIMIT, True)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from native_store import (
     BLCKSZ,
-    BOOT_ID,
     JOURNAL_HEADER,
     NO_LIMIT,
     NONE,
+    SESSION,
     ZLIB,
     Layer,
     Place,
@@ -103,7 +103,7 @@ class NodesMachine(RuleBasedStateMachine):
         self.hydrated: set[int] = set()  # blocks below the limit that were recorded as hydrated
         self.unsure: set[int] = set()  # of these, changed without a record of it
         self.n_synced = 0  # of the journal
-        self.session = BOOT_ID
+        self.session = SESSION
         place.nodes.add(INO, len(self.below), self.sources)
 
     # --- changes --------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class NodesMachine(RuleBasedStateMachine):
             return blocks
         size = place.object_path(OBJECT).stat().st_size
         if self.is_mapped:
-            # Blocks that only a record of this boot vouches for are recorded again.
+            # Blocks that only a record of this session vouches for are recorded again.
             place.journal.append(pages_record(OBJECT, blocks))
             limit = min(limit, blocks_of(len(self.below)))
             if blocks_of(size) < limit:
@@ -322,7 +322,7 @@ class NodesMachine(RuleBasedStateMachine):
 
     @rule()
     def scan(self) -> None:
-        """What a scan of this boot calls changed covers all blocks that differ from below."""
+        """What a scan of this session calls changed covers all blocks that differ from below."""
         if not self.has_object or not self.is_mapped:
             return
         found = self.place.scan(self.session).get(OBJECT)

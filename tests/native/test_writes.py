@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 from native_store import (
     BLCKSZ,
-    BOOT_ID,
     NO_LIMIT,
+    SESSION,
     Layer,
     Place,
     bits_of,
@@ -48,7 +48,7 @@ def durable_blocks(place: Place) -> set[int]:
 
 
 def live_blocks(place: Place) -> set[int]:
-    return blocks_in(place.scan(BOOT_ID).get(OBJECT, (b"", 0, False))[0])
+    return blocks_in(place.scan(SESSION).get(OBJECT, (b"", 0, False))[0])
 
 
 def limit(place: Place) -> int:
@@ -117,7 +117,7 @@ def test_growth_waits_for_the_limit(place: Place) -> None:
     place.nodes.write(INO, 0, b"x")  # no growth, no wait
     assert place.journal.synced < place.journal.end
     place.nodes.write(INO, 7 * BLCKSZ, b"x")
-    _, _, maps = _native.scan_journal(place.journal_fd, BOOT_ID)
+    _, _, maps = _native.scan_journal(place.journal_fd, SESSION)
     assert maps[OBJECT][1] == 5
     # All but the record of the write before the growth, at most.
     assert place.journal.synced > 64
@@ -211,7 +211,7 @@ def test_growth_waits_for_a_cut_whose_record_failed() -> None:
         place.attach(INO, OBJECT, 2 * BLCKSZ)
         # The journal becomes longer than the object, so that a limit ends the journal only.
         while place.journal.end <= 2 * BLCKSZ:
-            place.journal.append(b"\x01" + BOOT_ID)
+            place.journal.append(b"\x01" + SESSION)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         # Room for PAGES_LIVE, and not for PAGES.
         n_bytes = 8 + len(pages_record(OBJECT, {1}))

@@ -66,7 +66,7 @@ struct pbk_object_map {
     uint64_t object;
     struct pbk_bits changed;  /* written: they may differ from what is below */
     struct pbk_bits hydrated; /* in the object too, and as they are below; empty if whole */
-    struct pbk_bits touched;  /* private: what PAGES_LIVE records of any boot name */
+    struct pbk_bits touched;  /* private: what PAGES_LIVE records of any session name */
     uint32_t limit;           /* PBK_NO_LIMIT if no record says */
     bool whole;               /* every block is in the object */
     bool is_known;            /* a record counted that says something of it */
@@ -86,7 +86,7 @@ struct pbk_journal_scan {
 typedef int (*pbk_journal_visit)(void *arg, const uint8_t *payload, size_t n);
 
 /*
- * Reads the journal from its header to the first frame that does not check. PAGES_LIVE counts only behind a BOOT that names
+ * Reads the journal from its header to the first frame that does not check. PAGES_LIVE counts only behind a SESSION that names
  * session, so an id of zeros gives what would be left after a power cut; of a block that is in the object anyway, it counts in
  * any case as a sign that the block was changed. 0, or -errno: -EIO for a header or for a frame that
  * checks but can't be meant. Call pbk_journal_scan_free in any case.
