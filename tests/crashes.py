@@ -493,7 +493,8 @@ class LabelledRuns:
     ) -> None:
         ledger.wait_for(5)
         assert [load.wait(60) for load in loads] == [0 for _ in loads]
-        assert trouble_in(server.mount.server_log) == []
+        trouble = trouble_in(server.mount.server_log)
+        assert trouble == [], "\n".join(trouble)
 
     def _end(self, mount: Mount) -> None:
         if mount.is_mounted or is_dead_mount(mount.pgdata):

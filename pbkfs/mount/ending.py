@@ -96,8 +96,8 @@ def _check_end(target: Target) -> None:
         if target.owner is not None and lock.read_owner(target.diff) == target.owner:
             raise HostError(
                 f"{target.owner.mountpoint} is unmounted, but its last changes may not be on disk",
-                hint=f"See the end of {target.diff}/log/worker.log for why; after that is mended, "
-                "mount and unmount it again.",
+                hint=f"See the end of {target.diff}/log/worker.log for why. The next mount shows "
+                "what is there; a server on it recovers as after a crash.",
             )
 
 
