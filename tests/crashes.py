@@ -392,18 +392,15 @@ class LabelledRuns:
             assert label != _NO_LABEL, done.stderr
         return mount.is_mounted
 
-    def labels(self) -> tuple[Counter[str], Counter[str]]:
-        """Return how often each label was reached on a new diff, and on one after a crash."""
-        found = []
-        for is_first in (True, False):
-            mount, ledger = self._prepare(is_first=is_first)
-            self.log.unlink(missing_ok=True)
-            self.mount(mount, _NO_LABEL, 1)
-            self._load(mount, ledger)
-            found.append(Counter(self.log.read_text().split()))
-            self._end(mount)
-            self.mounts.discard(mount)
-        return found[0], found[1]
+    def labels(self, *, is_first: bool) -> Counter[str]:
+        """Return how often each label is reached on a new diff, or on one after a crash."""
+        mount, ledger = self._prepare(is_first=is_first)
+        self.log.unlink(missing_ok=True)
+        self.mount(mount, _NO_LABEL, 1)
+        self._load(mount, ledger)
+        self._end(mount)
+        self.mounts.discard(mount)
+        return Counter(self.log.read_text().split())
 
     def _prepare(self, *, is_first: bool) -> tuple[Mount, Ledger]:
         """Return a mount of a new diff, or of one whose worker was killed, to be mounted."""

@@ -41,8 +41,9 @@ def die_at_each(runs: LabelledRuns, *, of_both: bool) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    first, second = runs.labels()
-    for label in sorted(first.keys() | (second.keys() if of_both else set())):
+    first = runs.labels(is_first=True)
+    second = runs.labels(is_first=False) if of_both else first
+    for label in sorted(first.keys() | second.keys()):
         is_first = label in first
         for attempt in range(_TRIES):
             # Not among the last ones: the next run takes another course.
