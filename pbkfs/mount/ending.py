@@ -21,7 +21,7 @@ from pbkfs.errors import (
     TimedOutError,
     UsageError,
 )
-from pbkfs.mount import control, lock, mounts, wipe
+from pbkfs.mount import control, lock, mounts, standstill, wipe
 from pbkfs.mount.binding import read_binding
 from pbkfs.mount.mounts import MountEntry
 from pbkfs.mount.owner import Owner, send_signal, wait_gone
@@ -153,6 +153,7 @@ def _detach(target: Target) -> None:
     from pbkfs.fuse.mounting import detach
 
     if target.entry is not None and _is_there(target.entry):
+        standstill.let_go(target.entry.mountpoint)
         detach(target.entry.mountpoint)
 
 

@@ -120,10 +120,17 @@ class Standstill:
 
 
 def let_go(mountpoint: Path) -> None:
-    """Let a server go on that a worker held when it died."""
-    for pid in find_processes(_device_of(mountpoint)):
+    """Let a server go on that a worker held when it died; where nobody took over, to its end."""
+    try:
+        pids = find_processes(_device_of(mountpoint))
+    except OSError as error:
+        logger.warning("no server on %s can be let go: %s", mountpoint, error.strerror)
+        return
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            continue
         except OSError as error:
             logger.error("process %d can't be let go: %s", pid, error.strerror)
 

@@ -243,6 +243,7 @@ class Worker:
         from pbkfs.fuse.mounting import detach
 
         logger.info("clearing the dead mount on %s", self.opened.place.path)
+        standstill.let_go(self.opened.place.path)
         detach(self.opened.place.path)
 
     def _end(self) -> int:

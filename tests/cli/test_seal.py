@@ -381,6 +381,23 @@ def test_server_stands_still_and_goes_on(
     wait_until(lambda: {state(process) for process in processes} == {"S"})
 
 
+@pytest.mark.parametrize("ended_by", ["unmount", "mount"])
+def test_server_whose_worker_died_is_let_go_at_the_end(
+    at: Place, servers: Callable[[], subprocess.Popen[bytes]], ended_by: str
+) -> None:
+    """One that stands still for ever could not even be stopped."""
+    process = servers()
+    process.send_signal(signal.SIGSTOP)  # as for a seal that its worker did not survive
+    wait_until(lambda: state(process) == "T")
+    at.kill()
+    if ended_by == "unmount":
+        run_pbkfs("unmount", "-D", at.mnt, "--force")
+    else:
+        at.expected.append("is still used by pid")
+        at.mount("--reuse")
+    wait_until(lambda: state(process) == "S")
+
+
 @pytest.mark.expect_log("the server was let go after")
 def test_server_is_let_go_in_time(
     at: Place, servers: Callable[[], subprocess.Popen[bytes]]
