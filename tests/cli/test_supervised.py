@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -11,11 +10,11 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from fix_disks import thin_disk
 from fix_mounts import needs_takeovers, run_pbkfs
 from fix_place import Place
 
@@ -240,7 +239,8 @@ def test_upgrade_goes_on_with_what_is_open(on: Place) -> None:
 @pytest.mark.parametrize("part", ["diff", "layer"])
 def test_upgrade_is_refused_after_a_write_error_of_anybody(on: Place, part: str) -> None:
     """Each time; the mount, which would end by it, goes on."""
-    with disk_without_room(on.root) as (disk, make_room):
+    with thin_disk(on.root) as thin:
+        disk = thin.path
         try:
             if part == "diff":
                 on.diff = disk / "diff"
@@ -254,7 +254,7 @@ def test_upgrade_is_refused_after_a_write_error_of_anybody(on: Place, part: str)
                 file.write(os.urandom(12 << 20))
                 with pytest.raises(OSError, match=r"Input/output error|No space left"):
                     os.fsync(file.fileno())
-            make_room()
+            thin.make_room()
             worker = control.call(on.diff, "ping")["pid"]
             for _ in range(2):
                 done = run_pbkfs("upgrade", "-D", on.mnt, check=False)
@@ -267,30 +267,3 @@ def test_upgrade_is_refused_after_a_write_error_of_anybody(on: Place, part: str)
             run_pbkfs("unmount", "-D", on.mnt)
         finally:
             on.close()
-
-
-@contextlib.contextmanager
-def disk_without_room(root: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """An ext4 of 32 MiB for which only 8 MiB are there; called, the second makes room."""
-    below, disk = root / "below", root / "disk"
-    image = below / "image"
-    for path in (below, disk):
-        path.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=8m", "none", below)
-    try:
-        with image.open("xb") as file:
-            file.truncate(32 << 20)
-        # Without a journal, which could not be written, either, only the files' own pages fail.
-        run("mkfs.ext4", "-q", "-O", "^has_journal", "-E", "lazy_itable_init=0", image)
-        if subprocess.run(["mount", "-o", "loop", image, disk]).returncode:
-            pytest.skip("no file can be mounted here")
-        try:
-            yield disk, lambda: run("mount", "-o", "remount,size=64m", below)
-        finally:
-            run("umount", disk)
-    finally:
-        run("umount", below)
-
-
-def run(*command: str | Path) -> None:
-    subprocess.run(command, check=True)
