@@ -72,6 +72,7 @@ def start_worker(
         return _await_report(opened, reader, wait=wait, deadline=deadline)
     finally:
         reader.close()
+        opened.leave()
         # Only now: if the worker dies without a word, the diff is still locked while we clean up.
         opened.lock.close()
 

@@ -63,6 +63,8 @@ class OpenMount:
     sealed: list[Layer]
     tree: Tree
     log_pipe: int
+    """The end that the worker reads the native half's log lines from; that writes to ``log_fd``."""
+    log_fd: int
     warnings: list[tuple[str, str | None]]
     made: list[Path]
     _is_closed: bool = field(default=False, init=False)
@@ -78,6 +80,17 @@ class OpenMount:
                 stack.callback(layer.close)
             stack.callback(self.diff.close)
             stack.callback(self.tree.close)
+
+    def leave(self) -> None:
+        """Close this process's copies of all descriptors but the lock's: another one serves.
+
+        Else a layer would be locked for as long as this process lives, whoever writes to it.
+        """
+        self._is_closed = True
+        self.tree.leave()
+        self.base.close()
+        for fd in (self.log_pipe, self.log_fd):
+            os.close(fd)
 
     def abandon(self) -> None:
         """Close everything after a failure, and take a diff away that was made for this mount."""
@@ -174,6 +187,7 @@ def open_mount(request: MountRequest) -> OpenMount:
         sealed=sealed,
         tree=tree,
         log_pipe=log_pipe,
+        log_fd=log_fd,
         warnings=warnings,
         made=made,
     )

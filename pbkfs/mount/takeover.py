@@ -158,6 +158,7 @@ def open_taken(numbers: Numbers, fds: Mapping[str, int]) -> tuple[OpenMount, Led
         sealed=sealed,
         tree=tree,
         log_pipe=log_pipe,
+        log_fd=log_fd,
         warnings=[],
         made=[],
     )

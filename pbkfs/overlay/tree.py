@@ -632,6 +632,13 @@ class Tree:
             "layers": len(self._stack.layers) - 1,
         }
 
+    def leave(self) -> None:
+        """Close all descriptors and do nothing else: another process has the tree now."""
+        self._is_closed = True
+        self.nodes.close()
+        for layer in self._stack.layers:
+            layer.close()
+
     def close(self) -> None:
         """Make everything durable and end; the kernel must not send requests any more. Idempotent.
 

@@ -556,3 +556,30 @@ def test_full_catalog_of_one_instance(at: Place, catalog_store: object) -> None:
     done = at.mount("-B", store, "-i", "AAAAAA", check=False)
     assert done.returncode == 7
     shutil.rmtree(at.diff)
+
+
+_MOUNT_AGAIN = """
+import os, signal, sys
+from pathlib import Path
+from pbkfs.mount import ending, launch
+from pbkfs.mount.opening import open_mount
+from pbkfs.mount.request import MountRequest
+mnt, diff = map(Path, sys.argv[1:])
+owner = os.geteuid(), os.getegid()
+for _ in range(2):
+    n_open = len(os.listdir("/proc/self/fd"))
+    request = MountRequest(mnt, diff, 1 << 20, is_empty=True, owner=owner)
+    opened = open_mount(request)
+    launched = launch.start_worker(opened, foreign=set(), wait=True, timeout_s=None)
+    assert launched.state == "ready"
+    assert len(os.listdir("/proc/self/fd")) == n_open
+    os.kill(launched.pid, signal.SIGKILL)
+    ending.unmount(mnt, diff, force=True)
+"""
+
+
+def test_who_has_mounted_keeps_nothing_of_the_mount(at: Place) -> None:
+    """Another process serves; when it is gone, the same one has to be able to mount again."""
+    command = [sys.executable, "-c", _MOUNT_AGAIN, at.mnt, at.diff]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -69,9 +69,7 @@ class TreePlace:
         """End the tree as SIGKILL does: descriptors are closed and nothing else happens."""
         if self._tree is not None:
             tree, self._tree = self._tree, None
-            tree.nodes.close()
-            for layer in tree._stack.layers:
-                layer.close()
+            tree.leave()
 
     def reopen(self) -> Tree:
         """Close and open again."""
