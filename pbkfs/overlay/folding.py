@@ -194,7 +194,8 @@ class _Recording(Replay):
         self._kept = kept
 
     def _apply(self, record: records.Record) -> None:
-        self._kept.add(record)
+        if not isinstance(record, records.Synced):  # of bytes and numbers of another journal
+            self._kept.add(record)
         super()._apply(record)
 
     def _put_piece(self, file: File, piece: Piece) -> None:
