@@ -21,6 +21,9 @@ from pbkfs.postgres.binaries import Binaries
 # Source: src/include/catalog/pg_control.h, DBState.
 _DB_IN_ARCHIVE_RECOVERY = 5
 
+# What a mount answers whose worker has died.
+MOUNT_IS_GONE = (errno.ENOTCONN, errno.ECONNABORTED)
+
 # recovery.signal came with 12; recovery.conf is another world.
 OLDEST_MAJOR = 12
 
@@ -101,12 +104,17 @@ def open_cluster(path: Path, diff: Path | None = None) -> Cluster:
     return Cluster(data_dir, int(match[1]), owner_of(data_dir), diff)
 
 
+def mount_is_gone(data_dir: Path) -> NotRunningError:
+    """Return the error that says that nobody serves the mount that ``data_dir`` lies on."""
+    return NotRunningError(
+        f"{data_dir} is a mount whose worker is gone",
+        hint="Unmount it with pbkfs unmount --force and mount it again; the diff is intact.",
+    )
+
+
 def _explain(data_dir: Path, error: OSError) -> NotFoundError | NotRunningError | HostError:
-    if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-        return NotRunningError(
-            f"{data_dir} is a mount whose worker is gone",
-            hint="Unmount it with pbkfs unmount --force and mount it again; the diff is intact.",
-        )
+    if error.errno in MOUNT_IS_GONE:
+        return mount_is_gone(data_dir)
     if error.errno in (errno.EACCES, errno.EPERM):
         return HostError(
             f"cannot look into {data_dir}: {error.strerror}",

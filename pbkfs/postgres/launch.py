@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from pbkfs.errors import HostError, PostgresError, TimedOutError
 from pbkfs.postgres.account import Account
 from pbkfs.postgres.binaries import Binaries
 from pbkfs.postgres.cgroup import Cgroups
-from pbkfs.postgres.cluster import Cluster, is_in_recovery
+from pbkfs.postgres.cluster import MOUNT_IS_GONE, Cluster, is_in_recovery, mount_is_gone
 from pbkfs.postgres.network import Place
 from pbkfs.postgres.postmaster import Postmaster, identify, ping, read_pid_file
 from pbkfs.postgres.recovery import Recovery, RecoveryTarget
@@ -26,6 +27,7 @@ from pbkfs.postgres.wal_feeder import WalFeeder
 
 _POLL_S = 0.02
 _TAIL_LINES = 20
+_END_LIMIT_S = 5.0
 
 # Source: src/backend/access/transam/xlogrecovery.c, recoveryPausesHere and ReadRecord. lc_messages
 # is C for a server that pauses, because nothing but its log tells when it does.
@@ -200,6 +202,7 @@ class Launch:
             if self._is_ready() and self._accepts_connections():
                 return self._started()
             self._report(reporter)
+            self._check_mount()
             if time.monotonic() >= deadline:
                 raise TimedOutError(
                     f"the server of {self._cluster.data_dir} is not ready after "
@@ -207,6 +210,24 @@ class Launch:
                     f"log {self._log.path})",
                     hint="pbkfs status shows when it is ready; pbkfs stop ends it.",
                 )
+
+    def _check_mount(self) -> None:
+        """Raise NotRunningError, without a server, if the mount that it lies on has died.
+
+        A server whose files are gone does not always end.
+        """
+        try:
+            os.statvfs(self._cluster.data_dir)
+        except OSError as error:
+            if error.errno not in MOUNT_IS_GONE:
+                return
+            self._child.send_signal(signal.SIGQUIT)
+            try:
+                self._child.wait(_END_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.wait()
+            raise mount_is_gone(self._cluster.data_dir) from error
 
     def _accepts_connections(self) -> bool:
         socket_dir, port = str(self._place.socket_dir), self._place.port

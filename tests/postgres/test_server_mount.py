@@ -7,9 +7,12 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fix_catalogs import CatalogStore, manifests
 from fix_mounts import Mount, Mounts, run_pbkfs
@@ -169,6 +172,41 @@ def test_a_server_whose_mount_died_can_be_stopped(base: Path, mounts: Mounts) ->
     assert not is_running(started["pid"])
     done = run_pbkfs("stop", "-D", mount.pgdata, check=False)
     assert done.returncode == 3
+    mount.unmount("--force")
+    mount.mount()
+    start(mount)
+
+
+def test_a_mount_that_dies_while_its_server_starts(
+    base: Path, mounts: Mounts, newest_programs: Programs, server_place: Path
+) -> None:
+    """The server may hang without its files; who starts it must not."""
+    bindir = server_place / "bin"
+    bindir.mkdir()
+    for program in newest_programs.bindir.iterdir():
+        (bindir / program.name).symlink_to(program)
+    (bindir / "postgres").unlink()
+    real = newest_programs.bindir / "postgres"
+    script = f'case " $* " in *" -C "*) ;; *" -c port="*) exec sleep 600;; esac\nexec {real} "$@"\n'
+    (bindir / "postgres").write_text(f"#!/bin/sh\n{script}")
+    (bindir / "postgres").chmod(0o755)
+    mount = mounts.mount("--base", base)
+    starting = subprocess.Popen(
+        [sys.executable, "-m", "pbkfs", "start", "-D", mount.pgdata, "--pg-bindir", bindir],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        this = psutil.Process(starting.pid)
+        wait_until(lambda: any("sleep" in child.name() for child in this.children()))
+        [server] = [child for child in this.children() if "sleep" in child.name()]
+        os.kill(json.loads((mount.diff / "binding.json").read_text())["pid"], signal.SIGKILL)
+        _, said = starting.communicate(timeout=30)
+    finally:
+        starting.kill()
+        starting.communicate()
+    assert starting.returncode == 3, said
+    assert "a mount whose worker is gone" in said
+    assert not server.is_running()
     mount.unmount("--force")
     mount.mount()
     start(mount)
