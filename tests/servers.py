@@ -84,6 +84,7 @@ class MountedServer(Clients):
             "start", "-D", self.mount.pgdata, "--pg-bindir", self.bindir, "-c", "fsync=on", *options
         )
         status = json.loads(run_pbkfs("status", "-D", self.mount.pgdata, "--format", "json").stdout)
+        assert status["uri"] is not None, "the server is gone already"
         self.uri, self.port, self.pid = status["uri"], status["port"], status["pid"]
 
     def stop(self, *options: str) -> None:
