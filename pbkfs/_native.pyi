@@ -32,7 +32,12 @@ def crc32c(data: Buffer, crc: int = 0, /) -> int:
 def pglz_decompress(data: Buffer, raw_size: int, /) -> bytes:
     """Exactly ``raw_size`` bytes out of exactly ``data``. ValueError if it is anything else."""
 
-def open_beneath(root_fd: int, path: bytes, /) -> int: ...
+def open_beneath(root_fd: int, path: bytes, /) -> int:
+    """Open a regular file below a directory for reading; returns the descriptor.
+
+    No component of ``path`` may be a symbolic link or lead out of the directory. OSError.
+    """
+
 def scan_pages(
     root_fd: int, path: bytes, stored_size: int, padded: bool, /
 ) -> tuple[int, int, int | None]:

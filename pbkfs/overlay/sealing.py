@@ -120,7 +120,6 @@ class Seal:
             nodes.gate_close()
             undo.callback(nodes.gate_open)
             nodes.sync()
-            self._old.sync()
             self._old.mark_end()
             if self._wal is not None:
                 # Before the seal is prepared: it may open a file, which attaches its object.
